@@ -1,0 +1,46 @@
+# Two commands do everything: `make demo` and `make test`. Both set up an environment in .venv first.
+#
+#   make demo     the main job on the embedded model and a drawn pool: a table, and the path of a report
+#   make test     all tests
+#   make check    lint, format and types
+#   make packs    the example recipe on real data: make packs DATA=folder with the unpacked packs
+#   make tiny     train the embedded model again, from scratch (over an hour of one core)
+#
+# VENV=DIR uses or makes another environment. TORCH='torch==2.13.0 --index-url URL' says which torch to install;
+# a torch that is importable already, in VENV or for PYTHON, is never replaced.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check packs tiny wheel clean
+
+setup: $(VENV)/.datalloy-installed
+
+$(VENV)/.datalloy-installed: pyproject.toml constraints.txt scripts/setup.sh
+	VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh scripts/setup.sh
+	@touch $@
+
+demo: setup
+	$(BIN)/datalloy demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+packs: setup
+	@test -n "$(DATA)" || { echo "usage: make packs DATA=folder-with-the-unpacked-packs"; exit 2; }
+	$(BIN)/python scripts/run_packs.py --data "$(DATA)"
+
+tiny: setup
+	$(BIN)/python scripts/pretrain_tiny.py --out src/datalloy/tiny/weights
+
+wheel: setup
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist datalloy-demo src/datalloy.egg-info

@@ -1,0 +1,54 @@
+"""Datalloy: what to train a multimodal model on.
+
+The verbs of the command line as functions, and the nouns as small classes. Importing this package imports nothing
+heavy; torch is loaded when a verb is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datalloy.api import check, evaluate, export, run, score, select, train
+    from datalloy.config import Recipe, load_recipe
+    from datalloy.errors import DatalloyError
+    from datalloy.sample import Sample
+    from datalloy.scores import Scores
+    from datalloy.selection import Selection
+
+_HOME = {
+    "check": "api",
+    "score": "api",
+    "select": "api",
+    "train": "api",
+    "evaluate": "api",
+    "export": "api",
+    "run": "api",
+    "Recipe": "config",
+    "load_recipe": "config",
+    "DatalloyError": "errors",
+    "Sample": "sample",
+    "Scores": "scores",
+    "Selection": "selection",
+}
+
+__all__ = [
+    "DatalloyError",
+    "Recipe",
+    "Sample",
+    "Scores",
+    "Selection",
+    "check",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "run",
+    "score",
+    "select",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'datalloy' has no attribute {name!r}")
+    return getattr(import_module(f"datalloy.{_HOME[name]}"), name)

@@ -1,0 +1,105 @@
+"""A recipe in, what it would cost out: counts, operations, time and disk for every stage, before anything is spent.
+
+Operations are counted (two for each parameter and token forward, six for training on it); time comes from one
+timed training step of the proxy on this machine. An estimate: expect it to be right within a factor of two.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from datalloy import readers, scorers
+from datalloy.config import Recipe
+from datalloy.sample import Sample
+from datalloy.vlm import VLM, EncodeError
+
+SAMPLED = 32  # samples that are encoded to learn how long samples are
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Floating-point operations and bytes left on disk of one stage."""
+
+    stage: str
+    flops: float
+    disk_bytes: float
+    note: str = ""
+
+
+def estimate(recipe: Recipe) -> Iterator[str]:
+    """Lines of a table: counts, then operations, time and disk by stage."""
+    pool = [s for name, source in recipe.domains.items() for s in readers.read_all(source, name)[0]]
+    targets = [s for name, source in recipe.targets.items() for s in readers.read_all(source, name)[0]]
+    held_out = [s for name, source in recipe.evaluation.items() for s in readers.read_all(source, name)[0]]
+    yield f"pool: {len(pool)} samples in {len(recipe.domains)} domains; targets: {len(targets)} items; held out: {len(held_out)}"
+    proxy = VLM.load(recipe.proxy_model, device=recipe.device)
+    tokens, flops_per_second = _measure(proxy, pool, recipe)
+    base_parameters = _parameters(proxy if recipe.base == recipe.proxy_model else VLM.load(recipe.base, device="cpu"))
+    total = 0.0
+    yield f"{tokens:.0f} tokens a sample; this machine trains the proxy at {flops_per_second / 1e9:.1f} GFLOP/s"
+    yield f"{'stage':<12}{'operations':>14}{'time':>12}{'disk':>12}"
+    for cost in _stages(recipe, len(pool), len(targets), len(held_out), tokens, _parameters(proxy), base_parameters):
+        seconds = cost.flops / flops_per_second
+        total += seconds
+        yield f"{cost.stage:<12}{cost.flops:>14.2e}{_clock(seconds):>12}{cost.disk_bytes / 1e6:>9.1f} MB  {cost.note}"
+    yield f"{'in all':<12}{'':>14}{_clock(total):>12}"
+
+
+def _stages(
+    recipe: Recipe, pool: int, targets: int, held_out: int, tokens: float, proxy: int, base: int
+) -> Iterator[StageCost]:
+    forward, step = 2 * proxy * tokens, 6 * proxy * tokens
+    batch = recipe.train.batch_size
+    used = min(targets, len(recipe.targets) * recipe.score.target_items)
+    yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
+    methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
+    if set(methods) - set(scorers.BASELINES):
+        scans = 2 if "tail" in methods else 1
+        scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
+        yield StageCost("probes", (min(recipe.score.probes, pool) + scanned) * used * forward, 8 * used * recipe.score.probes)
+    for method in dict.fromkeys(m if m not in scorers.BASELINES else "loss" for m in methods):
+        flops = {
+            "exact": pool * (step + used * forward),
+            "tail": pool * (step + used * forward * recipe.score.tail_layers / 8),
+            "calibrated": pool * 1.5 * step,
+            "first_order": pool * (1 + len(recipe.targets)) * forward,
+            "first_order_hooks": pool * step,
+            "loss": pool * forward,
+        }[method]
+        yield StageCost(f"score {method}"[:12], flops, 150.0 * pool, "one epoch of the proxy is " + f"{pool * step:.1e}")
+    if "auto" in (recipe.score.method, recipe.select.keep_fraction):
+        yield StageCost("bake-off", recipe.select.bakeoff_epochs * pool * step, 0, f"{recipe.select.bakeoff_epochs:g} epochs of the pool")
+    seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
+    factor = 4 if recipe.train.adapter == "lora" else 6
+    yield StageCost("train", factor * base * tokens * seen, 4.0 * base, f"{seen / batch:.0f} steps of {batch}")
+    generated = recipe.evaluate.max_new_tokens
+    yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
+
+
+def _measure(vlm: VLM, pool: list[Sample], recipe: Recipe) -> tuple[float, float]:
+    """Mean tokens of a sample, and operations a second of a training step of the proxy."""
+    encoded = []
+    for sample in pool[:: max(1, len(pool) // SAMPLED)]:
+        try:
+            encoded.append(vlm.encode(sample, max_tokens=recipe.train.max_tokens))
+        except EncodeError:
+            continue
+    batch = vlm.collate(encoded[:8])
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    for _ in range(2):  # the first call pays for warming up
+        started = time.monotonic()
+        torch.autograd.grad(vlm.losses(batch).mean(), parameters, allow_unused=True)
+        seconds = time.monotonic() - started
+    tokens = sum(e.length for e in encoded) / len(encoded)
+    return tokens, 6 * _parameters(vlm) * sum(e.length for e in encoded[:8]) / seconds
+
+
+def _parameters(vlm: VLM) -> int:
+    return sum(p.numel() for p in vlm.model.parameters())
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} m" if hours else f"{rest // 60} m {rest % 60:02d} s"

@@ -1,0 +1,65 @@
+"""Samples in, encoded samples out, when they are asked for.
+
+Every stage that needs a model's inputs takes a sequence of encoded samples; this one encodes on access and keeps
+what fits a memory budget, so that a small pool is decoded once and a large one still has bounded memory.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import overload
+
+from datalloy.sample import Sample
+from datalloy.vlm import VLM, Encoded
+
+CACHE_BYTES = 2 * 1024**3
+
+
+class EncodedSamples(Sequence[Encoded]):
+    """The encoded form of `samples`, in their order. Slices and selections share the cache."""
+
+    def __init__(self, vlm: VLM, samples: Sequence[Sample], *, max_tokens: int, cache_bytes: int = CACHE_BYTES) -> None:
+        self._vlm, self._samples, self._max_tokens = vlm, samples, max_tokens
+        self._cache: OrderedDict[int, tuple[Encoded, int]] = OrderedDict()
+        self._free = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index][0]
+        encoded = self._vlm.encode(self._samples[index], max_tokens=self._max_tokens)
+        size = sum(t.numel() * t.element_size() for t in (*encoded.inputs.values(), encoded.labels))
+        self._cache[index] = (encoded, size)
+        self._free -= size
+        while self._free < 0 and len(self._cache) > 1:
+            self._free += self._cache.popitem(last=False)[1][1]
+        return encoded
+
+    def pick(self, indices: Sequence[int]) -> Sequence[Encoded]:
+        """The samples at `indices`, in that order, encoded when they are asked for."""
+        return _Picked(self, indices)
+
+
+class _Picked(Sequence[Encoded]):
+    def __init__(self, source: EncodedSamples, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(index, slice):
+            return [self._source[i] for i in self._indices[index]]
+        return self._source[self._indices[index]]

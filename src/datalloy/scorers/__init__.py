@@ -1,0 +1,153 @@
+"""The proxy, the targets and some probes in, a scorer that is ready to score out.
+
+The family of scorers: `exact` (the definition), `tail` (exact on the last layers), `calibrated` (cheap features
+fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), and the
+baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from datalloy.config import Score
+from datalloy.scorers.baselines import BASELINES, LossScorer
+from datalloy.scorers.calibrated import Agreement, CalibratedScorer
+from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer
+from datalloy.scorers.one_step import OneStepScorer, ScoreBlock, exact_scorer
+from datalloy.scorers.probing import StepScan, noise_floor, scan_steps
+from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
+from datalloy.scorers.tail import TailReplay, tail_scorer
+from datalloy.scorers.targets import TargetItems
+from datalloy.uncertainty import rank_agreement, rank_agreement_interval
+from datalloy.vlm import VLM, Encoded
+
+__all__ = ["BASELINES", "Probing", "ScoreBlock", "Scorer", "ScoringInputs", "prepare", "probe"]
+
+SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size
+NOISE_PROBES = 6
+
+
+class Scorer(Protocol):
+    """What every scorer does. `signed`: utilities below zero mean harm (False for the baselines).
+
+    The contract (tests/scorer_contract.py): scores come in the order of the samples; they do not depend on the
+    order, on who else is in the call or on the batch size beyond rounding; scoring twice gives the same numbers;
+    the model's weights afterwards are bit for bit what they were.
+    """
+
+    signed: bool
+
+    def score(self, samples: Sequence[Encoded]) -> ScoreBlock: ...
+
+
+@dataclass(frozen=True)
+class ScoringInputs:
+    """What all scorers are made from. `target_batches`: the target items again, in batches, for Fisher features."""
+
+    vlm: VLM
+    items: TargetItems
+    targets: Mapping[str, Sequence[Encoded]]
+    pool_batch: Sequence[Encoded]  # samples of the pool for Adam's second moments
+    settings: Score
+    freeze_vision: bool
+    train_batch_size: int
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What the probes told: the step scans, exact utilities [P, G], their weighted sum and errors, the noise floor."""
+
+    scans: Mapping[str, Mapping[str, Any]]
+    steps: Mapping[str, float]
+    exact: ScoreBlock
+    noise_floor: float
+
+
+def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encoded]) -> Probing:
+    """Choose the step sizes and score the probes exactly, which every other scorer is compared with."""
+    settings, few = inputs.settings, probes[:SCAN_PROBES]
+    scans: dict[str, StepScan] = {}
+    wanted = None if settings.step == "auto" else settings.step
+    exact = _exact(inputs, 0.0)
+    scans["exact"] = scan_steps(exact, few, wanted=None if "tail" in methods else wanted, seed=settings.seed)
+    if "tail" in methods:
+        scans["tail"] = scan_steps(_tail(inputs, 0.0), few, wanted=wanted, seed=settings.seed)
+    exact.step = scans["exact"].chosen
+    other = TargetItems.lay_out(
+        inputs.vlm, inputs.targets, dict(zip(inputs.items.names, inputs.items.weight_G, strict=True)), items_per_batch=7
+    )
+    relaid = exact_scorer(inputs.vlm, other, exact.steppable, rule=exact.rule, step=exact.step)
+    return Probing(
+        scans={name: scan.as_metadata() for name, scan in scans.items()},
+        steps={name: scan.chosen for name, scan in scans.items()},
+        exact=exact.score(probes),
+        noise_floor=noise_floor(exact, relaid, probes[:NOISE_PROBES]),
+    )
+
+
+def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes: Sequence[Encoded]) -> Scorer:
+    """The scorer named `method`. `probing` is needed by all but the baselines."""
+    settings, vlm, items = inputs.settings, inputs.vlm, inputs.items
+    if method in BASELINES or probing is None:
+        return LossScorer(vlm, targets=len(items.names), batch_size=settings.batch_size)
+    if method == "tail":
+        return _tail(inputs, probing.steps["tail"])
+    step = probing.steps["exact"]
+    if method == "exact":
+        return _exact(inputs, step)
+    if method == "calibrated":
+        flat = [item for group in inputs.targets.values() for item in group]
+        size = settings.batch_size
+        return CalibratedScorer(
+            vlm,
+            items,
+            [flat[i : i + size] for i in range(0, len(flat), size)],
+            probes,
+            probing.exact,
+            batch_size=size,
+            min_agreement=settings.min_agreement,
+            seed=settings.seed,
+        )
+    if method == "first_order_hooks":
+        return TapScorer(vlm, items, rule=StepRule(settings.step_rule), step=step, batch_size=settings.batch_size)
+    steppable = Steppable(scoped_parameters(vlm, settings.scope, freeze_vision=inputs.freeze_vision))
+    rule = _rule(inputs, steppable)
+    return FiniteDifferenceScorer(vlm, items, steppable, rule=rule, step=step, batch_size=settings.batch_size)
+
+
+def agreement_with_exact(scorer: Scorer, probing: Probing, probes: Sequence[Encoded], seed: int) -> Agreement:
+    """Spearman of a scorer with exact utilities on the probes. For calibrated: on probes it was not fitted to."""
+    if isinstance(scorer, CalibratedScorer):
+        return scorer.agreement
+    utility_N = scorer.score(probes).utility_N
+    exact_N = probing.exact.utility_N
+    both = np.isfinite(utility_N) & np.isfinite(exact_N)
+    interval = rank_agreement_interval(utility_N[both], exact_N[both], seed=seed)
+    return Agreement(rank_agreement(utility_N[both], exact_N[both]), interval, int(both.sum()))
+
+
+def agreement_metadata(agreement: Agreement) -> dict[str, Any]:
+    return asdict(agreement)
+
+
+def _rule(inputs: ScoringInputs, steppable: Steppable) -> StepRule:
+    if inputs.settings.step_rule != "adamw":
+        return StepRule(inputs.settings.step_rule)
+    moments = root_second_moments(
+        inputs.vlm, inputs.pool_batch, steppable.parameters, batch_size=inputs.train_batch_size
+    )
+    return StepRule("adamw", moments)
+
+
+def _exact(inputs: ScoringInputs, step: float) -> OneStepScorer:
+    parameters = scoped_parameters(inputs.vlm, inputs.settings.scope, freeze_vision=inputs.freeze_vision)
+    steppable = Steppable(parameters)
+    return exact_scorer(inputs.vlm, inputs.items, steppable, rule=_rule(inputs, steppable), step=step)
+
+
+def _tail(inputs: ScoringInputs, step: float) -> OneStepScorer:
+    replay = TailReplay(inputs.vlm, inputs.items, inputs.settings.tail_layers)
+    steppable = Steppable(replay.parameters())
+    return tail_scorer(inputs.vlm, replay, steppable, rule=_rule(inputs, steppable), step=step)

@@ -1,0 +1,65 @@
+"""Losses, lengths and seeds in, the scores that every utility has to beat out.
+
+Utility here only means "kept first": these scores know no target and carry no sign, so nothing is ever called toxic
+by them. All of them follow from one forward pass, hence from the columns of any other scorer's table.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from datalloy.scorers.one_step import ScoreBlock
+from datalloy.vlm import VLM, Encoded
+
+
+def random_score(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+    """A draw in [0, 1) that depends on the seed and the sample's content alone, not on its place in the file."""
+    digests = (hashlib.sha256(f"{seed} {key}".encode()).digest() for key in keys)
+    return np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])
+
+
+def low_loss(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+    """What the proxy knows already comes first."""
+    return -loss_N
+
+
+def high_loss(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+    """What the proxy does not know comes first, noise included."""
+    return loss_N
+
+
+def mid_loss(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+    """What is nearest to the pool's median loss comes first."""
+    return -np.abs(loss_N - np.nanmedian(loss_N))
+
+
+def length(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+    """Long answers come first."""
+    return tokens_N.astype(float)
+
+
+BASELINES: dict[str, Callable[[np.ndarray, np.ndarray, Sequence[str], int], np.ndarray]] = {
+    "random": random_score,
+    "low_loss": low_loss,
+    "mid_loss": mid_loss,
+    "high_loss": high_loss,
+    "length": length,
+}
+
+
+class LossScorer:
+    """The forward pass that all baselines share. Utilities are filled in by `BASELINES` once all losses are known."""
+
+    signed = False
+
+    def __init__(self, vlm: VLM, *, targets: int, batch_size: int) -> None:
+        self.vlm, self.targets, self.batch_size = vlm, targets, batch_size
+
+    def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
+        batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
+        with torch.no_grad():
+            losses = np.concatenate([self.vlm.losses(self.vlm.collate(b)).double().cpu().numpy() for b in batches])
+        zeros = np.zeros(len(samples))
+        return ScoreBlock(losses, np.zeros((len(samples), self.targets)), zeros, np.full(len(samples), np.nan))

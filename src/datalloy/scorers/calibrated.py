@@ -1,0 +1,115 @@
+"""Samples in, predicted finite-step utilities out: cheap features fitted to a few exact probes.
+
+One forward and backward pass a sample gives its loss, its slope along every target's gradient, the norm of its
+gradient, plain and weighted by the targets' Fisher diagonal (the second-order term of a step), and its length. A
+ridge regression on these features and their products is fitted to the exact utilities of the probes.
+
+It always says how well it agrees with exact on probes that it was not fitted to, and refuses below a threshold.
+Agreement of ranks alone does not promise a good subset (DESIGN 2.3): the bake-off decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+from datalloy.errors import AgreementError
+from datalloy.scorers.one_step import ScoreBlock
+from datalloy.scorers.taps import Measured, Taps
+from datalloy.scorers.targets import TargetItems
+from datalloy.uncertainty import Interval, rank_agreement, rank_agreement_interval
+from datalloy.vlm import VLM, Encoded
+
+FOLDS = 5
+MIN_PROBES = 24
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman rank correlation with exact utility, its 95 % interval over probes, and how many probes."""
+
+    spearman: float
+    interval: Interval
+    probes: int
+
+
+class CalibratedScorer:
+    """Ridge regression from gradient features to exact utility, one for each target."""
+
+    signed = True
+
+    def __init__(
+        self,
+        vlm: VLM,
+        items: TargetItems,
+        target_batches: Sequence[Sequence[Encoded]],
+        probes: Sequence[Encoded],
+        exact: ScoreBlock,
+        *,
+        batch_size: int,
+        min_agreement: float,
+        seed: int,
+    ) -> None:
+        if len(probes) < MIN_PROBES:
+            raise AgreementError(f"calibrated needs at least {MIN_PROBES} probes, found {len(probes)}; raise score.probes")
+        self.taps, self.batch_size, self.weight_G = Taps(vlm), batch_size, items.weight_G
+        self._directions = [items.gradient(vlm, self.taps.weights(), target=g) for g in range(len(items.names))]
+        self._metric = self.taps.mean_squared_gradient(target_batches)
+        features = self._features(probes)
+        folds = KFold(FOLDS, shuffle=True, random_state=seed)
+        columns = range(len(items.names))
+        held_out = np.column_stack([cross_val_predict(_regression(), features, exact.utility_NG[:, g], cv=folds) for g in columns])
+        predicted = held_out @ self.weight_G
+        self.agreement = Agreement(
+            rank_agreement(predicted, exact.utility_N),
+            rank_agreement_interval(predicted, exact.utility_N, seed=seed),
+            len(probes),
+        )
+        if self.agreement.spearman < min_agreement:
+            raise AgreementError(
+                f"calibrated utilities agree with exact ones on held-out probes by Spearman {self.agreement.spearman:.2f} "
+                f"(95 % interval {self.agreement.interval.low:.2f} to {self.agreement.interval.high:.2f}, {len(probes)} "
+                f"probes); score.min_agreement is {min_agreement}. Use score.method tail or exact, or more score.probes"
+            )
+        self._error = float(np.std(predicted - exact.utility_N))
+        self._models = [_regression().fit(features, exact.utility_NG[:, g]) for g in columns]
+
+    def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
+        measured = self._measure(samples)
+        features = _feature_matrix(measured, [sample.supervised_tokens for sample in samples])
+        finite = np.isfinite(features).all(1)
+        utility_NG = np.full((len(samples), len(self._models)), np.nan)
+        if finite.any():
+            utility_NG[finite] = np.column_stack([model.predict(features[finite]) for model in self._models])
+        return ScoreBlock(measured.loss_N, utility_NG, utility_NG @ self.weight_G, np.full(len(samples), self._error))
+
+    def _measure(self, samples: Sequence[Encoded]) -> Measured:
+        return self.taps.measure(samples, self._directions, batch_size=self.batch_size, metric=self._metric)
+
+    def _features(self, samples: Sequence[Encoded]) -> np.ndarray:
+        return _feature_matrix(self._measure(samples), [sample.supervised_tokens for sample in samples])
+
+
+def _feature_matrix(measured: Measured, supervised_tokens: Sequence[int]) -> np.ndarray:
+    """Features [N, G + 5]. Roots and logarithms tame quantities that span decades over a pool."""
+    slope = measured.slope_NG
+    return np.column_stack(
+        [
+            np.sign(slope) * np.sqrt(np.abs(slope)),
+            measured.loss_N,
+            np.sqrt(measured.squared_norm_N),
+            np.log(measured.squared_norm_N + 1e-12),
+            np.log(measured.metric_norm_N + 1e-12),
+            np.log(supervised_tokens),
+        ]
+    )
+
+
+def _regression():
+    return make_pipeline(
+        StandardScaler(), PolynomialFeatures(2, include_bias=False), StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))
+    )

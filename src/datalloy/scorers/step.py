@@ -1,0 +1,96 @@
+"""A gradient in, the simulated training step out: which parameters move, in what direction, how far.
+
+`Delta(z) = -step * d(z)` with d the gradient (sgd), the gradient at unit norm (unit_norm), or the gradient divided
+by the root of the second moments (adamw, without the momentum that all samples share). Stepped parameters are
+float32: in bfloat16 a real step moves 4 to 8 % of the weights and the ranking is noise (DESIGN 2.1).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from datalloy.errors import ModelError
+from datalloy.vlm import VLM, Encoded
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """Turns a gradient into the direction of a step. `root_second_moments` belongs to adamw alone."""
+
+    name: str
+    root_second_moments: tuple[Tensor, ...] | None = None
+
+    def direction(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        """The d of `Delta = -step * d`, one tensor a parameter."""
+        if self.name == "unit_norm":
+            norm = torch.sqrt(inner(gradient, gradient))
+            return [g / norm for g in gradient]
+        if self.root_second_moments is not None:
+            return [g / root for g, root in zip(gradient, self.root_second_moments, strict=True)]
+        return list(gradient)
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner product of two vectors in parameter space, accumulated in float64."""
+    return sum(((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=torch.double))
+
+
+def scoped_parameters(vlm: VLM, scope: str, *, freeze_vision: bool) -> list[Parameter]:
+    """The parameters a step touches: `full` is all that training would change, `decoder` the decoder layers alone."""
+    if scope == "decoder":
+        parameters = list(vlm.decoder_layers().parameters())
+    else:
+        frozen = {id(p) for p in vlm.vision_parameters()} if freeze_vision else set()
+        parameters = [p for p in vlm.model.parameters() if id(p) not in frozen]
+    low = {p.dtype for p in parameters} - {torch.float32}
+    if low:
+        raise ModelError(f"steps are simulated in float32, {vlm.name} holds {low}; load the proxy in float32")
+    return parameters
+
+
+def loss_and_gradient(vlm: VLM, sample: Encoded, parameters: Sequence[Parameter]) -> tuple[float, list[Tensor]]:
+    """Loss of one sample (nats per token) and its gradient."""
+    loss = vlm.losses(vlm.collate([sample]))[0]
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.item(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
+
+
+class Steppable:
+    """Parameters that can be moved and put back bit for bit. Holds one copy of them; nothing else is touched."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._originals = [p.detach().clone() for p in self.parameters]
+
+    @contextmanager
+    def moved(self, direction: Sequence[Tensor], size: float) -> Iterator[None]:
+        """The parameters moved by `size * direction` inside the block, and put back after it whatever happens."""
+        with torch.no_grad():
+            for parameter, original, part in zip(self.parameters, self._originals, direction, strict=True):
+                torch.add(original, part, alpha=size, out=parameter.data)
+            try:
+                yield
+            finally:
+                for parameter, original in zip(self.parameters, self._originals, strict=True):
+                    parameter.data.copy_(original)
+
+
+def root_second_moments(
+    vlm: VLM, samples: Sequence[Encoded], parameters: Sequence[Parameter], *, batch_size: int, epsilon: float = 1e-8
+) -> tuple[Tensor, ...]:
+    """Square root of the mean squared batch gradient, plus epsilon: Adam's denominator where the proxy now stands.
+
+    Measured on batches of the training size, because Adam's second moments are those of batch gradients.
+    """
+    squares = [torch.zeros_like(p) for p in parameters]
+    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+    for batch in batches:
+        parts = torch.autograd.grad(vlm.losses(vlm.collate(batch)).mean(), parameters, allow_unused=True)
+        for square, part in zip(squares, parts, strict=True):
+            if part is not None:
+                square += part**2 / len(batches)
+    return tuple(square.sqrt() + epsilon for square in squares)

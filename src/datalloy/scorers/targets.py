@@ -1,0 +1,108 @@
+"""Target items in, their losses and the utilities that follow from falls of those losses out.
+
+The items of all targets are laid out once in fixed batches (sorted by length), so that the loss before and the
+loss after a step are computed with the same padding and their rounding cancels. Legend: V target items, G targets.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datalloy.vlm import VLM, Encoded
+
+# Part of the layout, hence of the result's last bits: a constant, not a setting.
+ITEMS_PER_BATCH = 64
+
+
+class Utility(NamedTuple):
+    """Utility of one sample: per target, over all targets, and its standard error over target items (nats per token)."""
+
+    by_target_G: np.ndarray
+    total: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class TargetItems:
+    """The items of all targets in one fixed layout.
+
+    `weight_G` sums to one; `target_V` is the index of each item's target. `batches` holds, for each batch, the
+    positions of its items in V and the collated tensors.
+    """
+
+    names: tuple[str, ...]
+    weight_G: np.ndarray
+    target_V: np.ndarray
+    batches: tuple[tuple[np.ndarray, dict[str, Tensor]], ...]
+
+    @classmethod
+    def lay_out(
+        cls,
+        vlm: VLM,
+        encoded: Mapping[str, Sequence[Encoded]],
+        weights: Mapping[str, float],
+        *,
+        items_per_batch: int = ITEMS_PER_BATCH,
+    ) -> "TargetItems":
+        items = [item for name in encoded for item in encoded[name]]
+        target_V = np.repeat(np.arange(len(encoded)), [len(group) for group in encoded.values()])
+        order = sorted(range(len(items)), key=lambda v: (items[v].length, v))
+        chunks = [order[i : i + items_per_batch] for i in range(0, len(order), items_per_batch)]
+        weight_G = np.array([weights[name] for name in encoded], dtype=float)
+        return cls(
+            names=tuple(encoded),
+            weight_G=weight_G / weight_G.sum(),
+            target_V=target_V,
+            batches=tuple((np.array(chunk), vlm.collate([items[v] for v in chunk])) for chunk in chunks),
+        )
+
+    @property
+    def count_G(self) -> np.ndarray:
+        return np.bincount(self.target_V, minlength=len(self.names))
+
+    @property
+    def item_weight_V(self) -> np.ndarray:
+        """Weight of each item in the weighted mean over targets of the mean over items; sums to one."""
+        return (self.weight_G / self.count_G)[self.target_V]
+
+    def gather(self, loss_by_batch: Sequence[Tensor]) -> np.ndarray:
+        """Losses computed batch by batch, as one float64 array in the order of V."""
+        loss_V = np.empty(len(self.target_V))
+        for (positions, _), losses in zip(self.batches, loss_by_batch, strict=True):
+            loss_V[positions] = losses.double().cpu().numpy()
+        return loss_V
+
+    def losses(self, vlm: VLM) -> np.ndarray:
+        """Loss of every item under the model as it is now, [V], nats per token."""
+        with torch.no_grad():
+            return self.gather([vlm.losses(batch) for _, batch in self.batches])
+
+    def utility(self, fall_V: np.ndarray) -> Utility:
+        """Weighted mean fall of the loss, with the standard error that the choice of target items brings (DESIGN 2.1)."""
+        by_target, variance = [], 0.0
+        for g, weight in enumerate(self.weight_G):
+            falls = fall_V[self.target_V == g]
+            by_target.append(falls.mean())
+            if len(falls) > 1:
+                variance += weight**2 * falls.var(ddof=1) / len(falls)
+        by_target_G = np.array(by_target)
+        return Utility(by_target_G, float(self.weight_G @ by_target_G), float(np.sqrt(variance)))
+
+    def gradient(self, vlm: VLM, parameters: Sequence[Tensor], target: int | None = None) -> list[Tensor]:
+        """Gradient of the weighted target loss, or of one target's mean loss, with respect to `parameters`."""
+        if target is None:
+            weight_V = self.item_weight_V
+        else:
+            weight_V = (self.target_V == target) / self.count_G[target]
+        total = [torch.zeros_like(p) for p in parameters]
+        for positions, batch in self.batches:
+            weights = torch.as_tensor(weight_V[positions], dtype=torch.float32, device=vlm.device)
+            parts = torch.autograd.grad((vlm.losses(batch) * weights).sum(), parameters, allow_unused=True)
+            for sum_, part in zip(total, parts, strict=True):
+                if part is not None:
+                    sum_ += part
+        return total

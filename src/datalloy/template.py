@@ -1,0 +1,46 @@
+"""The commented recipe that `datalloy init` writes."""
+
+RECIPE_TEMPLATE = """\
+# A Datalloy recipe. Paths are relative to this file. Every key that is left out has a default;
+# `datalloy run THIS.yaml --dry-run` prints all of them with counts and a cost estimate, and stops.
+name: my-selection
+
+# The model to be tuned, and the small model that scores samples (default: base).
+# A folder, a hub id, or `tiny`, the model that comes with Datalloy.
+base: tiny
+# proxy: path-or-hub-id
+
+# The pool: named datasets. JSONL, JSON or Parquet in the layouts messages, sharegpt or llava (format: auto).
+domains:
+  first: {path: data/first.jsonl}
+  second: {path: data/second.jsonl}
+
+# What you want to get better at: named validation sets, about 100 items each, not in the pool.
+# metric: exact_match | relaxed_accuracy | option_letter | anls | loss
+targets:
+  goal: {path: data/goal.jsonl, metric: exact_match}
+
+# Held-out sets: measured at the end, never used to decide anything.
+evaluation:
+  holdout: {path: data/holdout.jsonl, metric: exact_match}
+
+# How samples are scored. auto: short measured runs decide between scorers.
+# Methods: exact (the definition, dear), tail (exact on the last layers), calibrated, first_order, random, low_loss ...
+score:
+  method: auto
+  warmup_fraction: 0.05
+
+# What is kept. auto: the same short runs decide the fraction, for at most bakeoff_epochs passes over the pool.
+select:
+  keep_fraction: auto
+  drop_toxic: true
+  bakeoff_epochs: 4
+
+# How models are trained. fixed_compute sees `samples` samples whatever was kept.
+train:
+  adapter: lora
+  rank: 16
+  learning_rate: 2e-5
+  batch_size: 128
+  samples: 100000
+"""

@@ -1,0 +1,398 @@
+"""Encoded samples in, a trained model out: supervised fine-tuning through transformers' Trainer.
+
+The loss of a step is the mean over its samples of each sample's mean loss over its supervised tokens. So every sample
+counts once, however long its answer, and training descends exactly the loss that utilities are measured in. (The
+Trainer's own loss counts every token once, which hands the step to the longest answers.)
+
+What depends on chance is a function of the seed alone: the order of samples, the adapter's first weights, dropout at
+each step. On one machine the same call gives the same bits on the CPU, also when it was killed and started again:
+long runs keep a checkpoint of weights, optimiser and step, in safetensors, written atomically. The Trainer's own
+checkpoints are not used: they hold pickles, can be read half-written, and restore by key names that some model
+families change between memory and disk.
+
+Price: one call costs a forward and a backward pass of every sample seen, and about a quarter of a second besides.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import Parameter
+from transformers.integrations import get_available_reporting_integrations
+
+from datalloy.config import Train
+from datalloy.errors import DataError, EnvironmentFault, ModelError, RecipeError, RunError
+from datalloy.progress import track
+from datalloy.run import sync_folder
+from datalloy.vlm import VLM, Encoded
+
+log = logging.getLogger(__name__)
+
+MAX_GRADIENT_NORM = 1.0  # of the Trainer and of every trainer that recipes are exported to
+CHECKPOINT_SECONDS = 300.0  # the most work that a kill can cost; shorter runs keep no checkpoint
+NOT_IN_IDENTITY = {"micro_batch_size", "gradient_checkpointing", "report_to"}  # change no result beyond rounding
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did. `losses` has one value a step, nats per token, before the step was taken."""
+
+    steps: int
+    samples_seen: int
+    tokens_seen: int
+    seconds: float
+    flops: float
+    losses: tuple[float, ...]
+
+
+@dataclass
+class Attempt:
+    """How far training has come, over all attempts at it: what a checkpoint holds besides tensors."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+
+def train(
+    vlm: VLM, encoded: Sequence[Encoded], settings: Train, out: Path | None, *, steps: int | None = None
+) -> Trained:
+    """Train `vlm` in place for `steps` steps, or as many as the protocol of `settings` says, and save it to `out`.
+
+    With `adapter: lora` a LoRA adapter is put on the linear layers of the decoder and alone is trained (a model that
+    has one already goes on with it); `vlm.model` is the PEFT model afterwards. With `adapter: none` all weights are
+    trained, except the vision tower's under `freeze_vision`. With `out` None nothing is written: for measuring runs.
+
+    A run that was killed goes on from its checkpoint in `out` and ends in the same bits. Give it the model as it was
+    before the first attempt. Trackers then see the steps of the last attempt only. The global random generators are
+    seeded along the way.
+
+    Raises DataError without samples, ModelError for weights that cannot be trained or a loss that is not finite (the
+    weights are of no use then), RunError where the checkpoint belongs to another training.
+    """
+    if not encoded:
+        raise DataError(f"nothing to train {vlm.name} on: no samples were given")
+    steps = step_count(len(encoded), settings) if steps is None else steps
+    order = sample_order(len(encoded), steps * settings.batch_size, settings.seed)
+    parameters = prepare_parameters(vlm, settings)
+    optimizer = _make_optimizer(parameters, settings)
+    checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", parameters, optimizer) if out else None
+    attempt = Attempt()
+    if checkpoint and checkpoint.path.exists():
+        attempt = checkpoint.restore(_identity(vlm, encoded, settings, steps))
+        log.info("training goes on from step %d of %d: %s", attempt.steps, steps, checkpoint.path)
+    save = (lambda: checkpoint.save(attempt, _identity(vlm, encoded, settings, steps))) if checkpoint else None
+    try:
+        if attempt.steps < steps:
+            batches_left = order.reshape(steps, settings.batch_size)[attempt.steps :]
+            _run_trainer(vlm, encoded, batches_left, optimizer, settings, attempt, save, out)
+    finally:
+        _leave_training(vlm, settings)
+    if out:
+        vlm.save(out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    tokens = sum(encoded[i].length for i in order)
+    flops = training_flops(vlm, tokens)
+    return Trained(steps, len(order), tokens, attempt.seconds, flops, tuple(attempt.losses))
+
+
+def step_count(samples: int, settings: Train) -> int:
+    """Optimiser steps that the protocol asks for: the same for every selection, or so many passes over this one."""
+    if settings.protocol == "fixed_compute":
+        return max(1, round(settings.samples / settings.batch_size))
+    return max(1, round(settings.epochs * samples / settings.batch_size))
+
+
+def sample_order(samples: int, total: int, seed: int) -> np.ndarray:
+    """Indices of the samples to be seen, [total] int64: one shuffled epoch after another, the last one cut.
+
+    Each index comes floor or ceil(total / samples) times. Cut into batches, an epoch's remainder opens the batch that
+    the next epoch fills, so that every step has its full size. Epoch e depends on (seed, e) alone.
+    """
+    epochs = math.ceil(total / samples)
+    shuffled = [np.random.default_rng((seed, epoch)).permutation(samples) for epoch in range(epochs)]
+    return np.concatenate(shuffled)[:total]
+
+
+def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
+    """Share of the learning rate at a step counted from 0: a linear rise, then half a cosine down to zero.
+
+    Departs from transformers' schedule, which takes its first step at rate zero: of ten steps that would be a tenth.
+    """
+    warmup = round(warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def training_flops(vlm: VLM, tokens: int) -> float:
+    """Floating-point operations of training on `tokens` tokens, images' tokens and padding-free: an estimate.
+
+    Two a parameter and token forward, two for the gradients of activations, two for the gradients of those weights
+    that are trained: 6 P for full training, about 4 P under LoRA. Attention over positions is left out, which is right
+    to some per cent while sequences are shorter than about six times the model's width.
+    """
+    parameters = list(vlm.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return float((4 * sum(p.numel() for p in parameters) + 2 * trained) * tokens)
+
+
+def prepare_parameters(vlm: VLM, settings: Train) -> list[Parameter]:
+    """Mark what is trained, adding the adapter where one is asked for, and return it. Raises ModelError."""
+    if settings.adapter == "lora":
+        _add_adapter(vlm, settings)
+    elif isinstance(vlm.model, peft.PeftModel):
+        raise ModelError(
+            f"{vlm.name} carries an adapter and train.adapter is none, which trains plain weights; "
+            "merge the adapter into a checkpoint first, or set train.adapter to lora"
+        )
+    else:
+        vlm.model.requires_grad_(True)
+        if settings.freeze_vision:
+            for parameter in vlm.vision_parameters():
+                parameter.requires_grad_(False)
+    parameters = [parameter for parameter in vlm.model.parameters() if parameter.requires_grad]
+    low = {str(parameter.dtype) for parameter in parameters} - {"torch.float32"}
+    if low:
+        raise ModelError(
+            f"weights are trained in float32, those of {vlm.name} are {', '.join(sorted(low))}; load it with "
+            "dtype float32 (train.precision bfloat16 still computes in bfloat16)"
+        )
+    return parameters
+
+
+def _add_adapter(vlm: VLM, settings: Train) -> None:
+    if isinstance(vlm.model, peft.PeftModel):
+        present = vlm.model.active_peft_config
+        if not isinstance(present, peft.LoraConfig) or present.r != settings.rank:
+            raise ModelError(
+                f"{vlm.name} carries a {present.peft_type} adapter of rank {present.to_dict().get('r')} and train.rank "
+                f"is {settings.rank}; training goes on with an adapter only at its own rank. Set train.rank to it, or "
+                "merge the adapter into a checkpoint first"
+            )
+        return
+    linear = {module for module in vlm.decoder_layers().modules() if isinstance(module, torch.nn.Linear)}
+    names = [name for name, module in vlm.model.named_modules() if module in linear]
+    config = peft.LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=0.0, target_modules=names)
+    torch.manual_seed(settings.seed)  # of A; B starts at zero
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
+        vlm.model = peft.get_peft_model(vlm.model, config)
+
+
+def _leave_training(vlm: VLM, settings: Train) -> None:
+    """Put the model back into the state in which every other stage expects it."""
+    vlm.model.eval()
+    if settings.gradient_checkpointing:
+        vlm.base_model.activation_checkpointing_disable()
+    if settings.adapter == "none":
+        vlm.model.requires_grad_(True)
+
+
+def _make_optimizer(parameters: Sequence[Parameter], settings: Train) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only, not on biases and norms."""
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+class _StepLoss(torch.nn.Module):
+    """What the Trainer is given to train: one micro-batch in, its share of the step's mean loss out.
+
+    The Trainer would write into the configuration of a transformers model, and would not be told the micro-batch's
+    share. Behind this module it sees neither family nor adapter, and nothing of it stays in the model.
+    """
+
+    accepts_loss_kwargs = True  # tells the Trainer that the loss is scaled for gradient accumulation already
+
+    def __init__(self, vlm: VLM, settings: Train) -> None:
+        super().__init__()
+        self.model = vlm.model
+        self.losses = vlm.losses
+        self.batch_size = settings.batch_size
+        self.autocast = settings.precision == "bfloat16"
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        batch.pop("num_items_in_batch", None)  # the Trainer counts tokens; here every sample counts once
+        with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=self.autocast):
+            return {"loss": self.losses(batch).sum() / self.batch_size}
+
+
+class _Follower(transformers.TrainerCallback):
+    """Follows the Trainer step by step: seeds the step, notes and checks its loss, shows progress, saves in time."""
+
+    def __init__(self, attempt: Attempt, steps_left: int, seed: int, save: Callable[[], None] | None) -> None:
+        self.attempt = attempt
+        self.seed = seed
+        self.save = save
+        self.ticks = track(range(steps_left), "training", steps_left)
+        self.noted = self.saved = time.monotonic()
+        next(self.ticks)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - their signature
+        # dropout of a step does not depend on the steps before it, so a checkpoint needs no generator's state
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.attempt.steps)).generate_state(1)[0]))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        loss = kwargs["logs"].get("loss")
+        if loss is None:  # the summary at the end
+            return
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"the training loss is {loss} at step {self.attempt.steps + 1}; lower train.learning_rate "
+                f"(now at {args.learning_rate:g}) or raise train.warmup_ratio"
+            )
+        now = time.monotonic()
+        self.attempt.losses.append(loss)
+        self.attempt.seconds += now - self.noted
+        self.noted = now
+        next(self.ticks, None)
+        if self.save and now - self.saved >= CHECKPOINT_SECONDS:
+            self.save()
+            self.saved = time.monotonic()
+
+
+def _run_trainer(
+    vlm: VLM,
+    encoded: Sequence[Encoded],
+    batches: np.ndarray,
+    optimizer: torch.optim.Optimizer,
+    settings: Train,
+    attempt: Attempt,
+    save: Callable[[], None] | None,
+    out: Path | None,
+) -> None:
+    """Take the steps that are left, one for each row of `batches`, [steps, batch_size] indices."""
+    start, steps = attempt.steps, attempt.steps + len(batches)
+    micro = settings.micro_batch_size or settings.batch_size
+    micro_batches = [part for batch in batches for part in _split([encoded[i] for i in batch], micro)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(start + step, steps, settings.warmup_ratio)
+    )
+    if settings.gradient_checkpointing:
+        vlm.base_model.activation_checkpointing_enable({"use_reentrant": False})
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = transformers.Trainer(
+            model=_StepLoss(vlm, settings),
+            args=_training_arguments(vlm, settings, math.ceil(settings.batch_size / micro), out or Path(nowhere)),
+            train_dataset=micro_batches,
+            data_collator=lambda items: vlm.collate(items[0]),
+            optimizers=(optimizer, schedule),
+            callbacks=[_Follower(attempt, len(batches), settings.seed, save)],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+
+
+def _split(batch: list[Encoded], size: int) -> list[list[Encoded]]:
+    """Micro-batches of samples of like length, which are padded least."""
+    batch = sorted(batch, key=lambda item: item.length)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def _training_arguments(vlm: VLM, settings: Train, accumulation: int, out: Path) -> transformers.TrainingArguments:
+    if missing := set(settings.report_to) - set(get_available_reporting_integrations()):
+        raise RecipeError(
+            f"train.report_to names {', '.join(sorted(missing))}, which is not installed; "
+            f"installed are: {', '.join(get_available_reporting_integrations()) or 'none'}"
+        )
+    arguments = transformers.TrainingArguments(
+        output_dir=str(out),
+        use_cpu=vlm.device.type == "cpu",
+        seed=settings.seed,
+        num_train_epochs=1,  # sample_order has put all epochs in one row
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=1,  # an item is a micro-batch
+        gradient_accumulation_steps=accumulation,
+        learning_rate=settings.learning_rate,
+        max_grad_norm=MAX_GRADIENT_NORM,
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # would hide a diverged run
+        report_to=list(settings.report_to),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # batches are on the device already
+    )
+    if arguments.world_size > 1:
+        raise EnvironmentFault(
+            f"training runs in one process, found {arguments.world_size}; start it without torchrun or accelerate"
+        )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several GPUs in sight the Trainer would multiply the batch
+    return arguments
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Everything that a later attempt needs, in one safetensors file."""
+
+    path: Path
+    parameters: Sequence[Parameter]
+    optimizer: torch.optim.Optimizer
+
+    def save(self, attempt: Attempt, identity: str) -> None:
+        tensors = {f"parameter.{i}": parameter.detach().contiguous() for i, parameter in enumerate(self.parameters)}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor.contiguous() for name, tensor in state.items()}
+        metadata = {"identity": identity, "attempt": json.dumps(dataclasses.asdict(attempt))}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        safetensors.torch.save_file(tensors, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def restore(self, identity: str) -> Attempt:
+        """Put weights and optimiser state back; `identity` is of the training that is asked for now."""
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except safetensors.SafetensorError as error:
+            raise RunError(f"{self.path} is damaged ({error}); delete it to train from the start") from error
+        if metadata["identity"] != identity:
+            raise RunError(
+                f"{self.path} belongs to a training with other settings, samples or model; "
+                "delete it to train from the start, or give another folder"
+            )
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors.pop(f"parameter.{i}"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        return Attempt(**json.loads(metadata["attempt"]))
+
+
+def _identity(vlm: VLM, encoded: Sequence[Encoded], settings: Train, steps: int) -> str:
+    """Hash of what makes two trainings the same: settings, steps, model name and the tokens of all samples."""
+    described = [settings.model_dump(mode="json", exclude=NOT_IN_IDENTITY), steps, vlm.name]
+    digest = hashlib.sha256(json.dumps(described).encode())
+    for item in encoded:
+        digest.update(item.inputs["input_ids"].numpy().tobytes())
+        digest.update(item.labels.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,558 @@
+"""A checkpoint in, losses, gradients and answers out: the one module that knows model families.
+
+Any image-text-to-text model of transformers is loaded by path or hub id. A conversation is rendered by the model's
+own chat template and expanded by its own processor; no family's format is written down here. Labels cover what
+the model has to write itself: each assistant answer with the end-of-turn token that closes it. They are found
+exactly or the sample is refused: the conversation is rendered a second time with markers for answers, what stands
+between the markers must stand between the answers too, and characters are carried to tokens through the
+processor's record of how it expanded the images.
+
+Pictures go through the PIL image processors even where torchvision is installed, so that results do not depend on
+it. Processors that could also take video are built without that part. Nothing is ever truncated.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import huggingface_hub
+import jinja2
+import peft
+import safetensors
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+from transformers.utils import logging as transformers_logging
+
+from datalloy.errors import DataError, ModelError
+from datalloy.sample import ImageRef, Sample, Turn, open_image
+from datalloy.tiny.model import WEIGHTS
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a position that does not enter the loss
+
+# What a processor is made of. `save` copies these files as they are, so the settings for video, unused here, stay.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+SETTINGS_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: all but the weights
+
+# SmolVLM's class asks for num2words and for its video processor even when there is no video. For pictures it does
+# what Idefics3's class does.
+IMAGE_TWIN = {"SmolVLMProcessor": "Idefics3Processor"}
+
+# Families whose pixel tensor has one row a sample, which is all zeros where the sample has no picture. In the others
+# a row is a picture, a tile or a patch, and a sample without pictures adds none.
+ROW_PER_SAMPLE = frozenset({"idefics2", "idefics3", "smolvlm"})
+
+# Generation's own defaults, spelt out: what is left open is filled in from the checkpoint's generation_config
+# (Qwen2.5-VL brings a repetition penalty), and the answer is not the greedy one any more.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "use_cache": True,
+}
+
+# Stands for an answer while a template is examined. A sample that contains it is refused as a mismatch.
+MARKER = "datalloy-answer-5b0c61f2a94e"
+
+
+class EncodeError(DataError):
+    """A sample cannot be turned into model inputs; `reason` is one word for the run folder's files.
+
+    no_supervision, too_long, image_unreadable, image_refused, image_in_answer, image_token_in_text,
+    control_token_in_text, template_mismatch.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)  # both, or the error could not be sent to another process
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as the model sees it, a batch of one."""
+
+    inputs: dict[str, Tensor]  # what the processor made: input_ids [1, T], attention_mask [1, T], pixels if any
+    labels: Tensor  # [1, T] int64, IGNORED except on supervised tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens, those of the images included."""
+        return self.labels.shape[1]
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Positions that enter the loss, counted after the shift by one."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a rendered conversation."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a checkpoint's chat template puts around an answer, found by rendering a probe."""
+
+    end_of_turn: str  # the special token that follows an answer
+    lead: str  # what stands between the end of a prompt and an answer (a space after "Assistant:"): the model writes it
+    control_tokens: dict[int, str]  # the tokenizer's special tokens by id
+
+
+@dataclass(frozen=True)
+class VLM:
+    """A vision-language model with its processor. `name` is the path or hub id it was asked for by."""
+
+    model: Any  # PreTrainedModel, or PeftModel around one
+    processor: Any
+    name: str
+    folder: Path  # where the processor's files are
+    chat: ChatFormat
+
+    @classmethod
+    def load(cls, path: str, *, device: str = "auto", dtype: str = "float32") -> "VLM":
+        """The model at `path`, in eval mode: "tiny", a folder, a hub id, or a PEFT adapter folder (base and adapter).
+
+        Code that comes with a checkpoint is never run and weights are read from safetensors only. Raises ModelError.
+        """
+        folder = _settings_folder(path)
+        try:
+            with _quiet():
+                if (folder / "adapter_config.json").exists():
+                    return _load_adapter(path, folder, device=device, dtype=dtype)
+                return _load_model(path, folder, device=device, dtype=dtype)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise ModelError(f"cannot load {path}: {error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def base_model(self) -> Any:
+        """The transformers model, out of its PEFT wrapper if it has one; adapter layers stay in it."""
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+
+    def encode(self, sample: Sample, *, max_tokens: int | None = None) -> Encoded:
+        """The sample as inputs and labels, every assistant turn supervised. Raises EncodeError with a reason word."""
+        text = self._render(sample, sample.turns)
+        answers = self._answer_spans(sample, text)
+        inputs, tokens = self._process(sample, text, sample.images)
+        input_ids = inputs["input_ids"]
+        if max_tokens is not None and input_ids.shape[1] > max_tokens:
+            found = f"{input_ids.shape[1]} tokens with its images, at most {max_tokens} are allowed"
+            raise _refuse(sample, "too_long", found)
+        labels = torch.full_like(input_ids, IGNORED)
+        end_of_turn = self.tokenizer.convert_tokens_to_ids(self.chat.end_of_turn)
+        for answer in answers:
+            inside = [t for t, token in enumerate(tokens) if token.start < answer.end and token.end > answer.start]
+            # the space before an answer may share its first token; anything else, or a missing end, is not exact
+            if text[tokens[inside[0]].start : answer.start].strip() or input_ids[0, inside[-1]] != end_of_turn:
+                raise _refuse(sample, "template_mismatch", "tokens that belong to an answer and to what surrounds it")
+            labels[0, inside] = input_ids[0, inside]
+        return Encoded(inputs, labels)
+
+    def collate(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """One batch on the model's device, padded on the right, "labels" included."""
+        batch = self._pad([item.inputs for item in encoded], side="right")
+        labels = _pad_tokens([item.labels for item in encoded], IGNORED, side="right")
+        return batch | {"labels": labels.to(self.device)}
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross entropy of each sample over its supervised tokens, in nats; [B] float32, differentiable.
+
+        Logits are made only for columns in which some sample is supervised, and float32 only where it is: the
+        vocabulary is the largest dimension of all and most of a batch is images and padding.
+        """
+        targets_BT = batch["labels"][:, 1:]
+        columns = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = self.model(**inputs, logits_to_keep=columns, use_cache=False).logits
+        targets_BT = targets_BT[:, columns]
+        supervised_BT = targets_BT != IGNORED
+        token_losses = cross_entropy(logits[supervised_BT].float(), targets_BT[supervised_BT], reduction="none")
+        token_losses_BT = token_losses.new_zeros(targets_BT.shape).masked_scatter(supervised_BT, token_losses)
+        return token_losses_BT.sum(dim=1) / supervised_BT.sum(dim=1)
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int) -> list[str]:
+        """Greedy answers to the prompts of the samples, in their order, stripped and without special tokens.
+
+        Batches are formed from short prompts to long ones, ties by position. Raises EncodeError.
+        """
+        prompts = [self._encode_prompt(sample) for sample in samples]
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i]["input_ids"].shape[1], i))
+        settings = transformers.GenerationConfig(
+            **GREEDY, max_new_tokens=max_new_tokens, eos_token_id=self._stop_ids(), pad_token_id=self._pad_id()
+        )
+        answers = [""] * len(prompts)
+        with _evaluating(self.model):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = self._pad([prompts[i] for i in chosen], side="left")
+                tokens = self.base_model.generate(**batch, generation_config=settings)
+                for i, written in zip(chosen, tokens[:, batch["input_ids"].shape[1] :], strict=True):
+                    text = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                    answers[i] = text.strip()
+        return answers
+
+    def decoder_layers(self) -> torch.nn.ModuleList:
+        """The layers of the language model, first to last."""
+        return self.base_model.get_decoder().layers
+
+    def vision_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters of the vision tower, without the connector to the language model."""
+        tower = self.base_model.get_encoder(modality="image")
+        if tower is self.base_model:
+            raise ModelError(f"{self.name}: no vision tower found in a {self.base_model.config.model_type!r} model")
+        # Qwen keeps its connector, the merger, inside the tower
+        return (parameter for name, parameter in tower.named_parameters() if "merger" not in name)
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` reads: safetensors (under PEFT the adapter alone) and the processor's files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            self.model.save_pretrained(folder)
+        for name in PROCESSOR_FILES:
+            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def copy(self) -> "VLM":
+        """The same model with weights of its own; the processor is shared."""
+        return dataclasses.replace(self, model=copy.deepcopy(self.model))
+
+    def _render(self, sample: Sample, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+        for turn in turns:
+            self._check_turn(sample, turn)
+        try:
+            return _render(self.processor, turns, prompt=prompt)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise _refuse(sample, "template_mismatch", f"turns the chat template does not take: {error}") from error
+
+    def _check_turn(self, sample: Sample, turn: Turn) -> None:
+        """Refuse text that would be read as control tokens: it would shift images or close the turn."""
+        if turn.role == "assistant" and turn.images:
+            raise _refuse(sample, "image_in_answer", "an image in an assistant turn, where a model can only write text")
+        for token in self.processor.all_special_multimodal_tokens:
+            if token in turn.text:
+                raise _refuse(sample, "image_token_in_text", f"the image placeholder {token!r} in its {turn.role} text")
+        for token_id in self.tokenizer(turn.text, add_special_tokens=False)["input_ids"]:
+            if token_id in self.chat.control_tokens:
+                found = f"the control token {self.chat.control_tokens[token_id]!r} in its {turn.role} text"
+                raise _refuse(sample, "control_token_in_text", found)
+
+    def _answer_spans(self, sample: Sample, text: str) -> list[Span]:
+        """Where the model's own words stand in the rendered text: each answer, its lead and its end-of-turn token."""
+        answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
+        if not answers or not all(map(_is_visible, answers)):
+            raise _refuse(sample, "no_supervision", "no assistant turn, or one without a visible character")
+        marked = [Turn(turn.role, (MARKER,)) if turn.role == "assistant" else turn for turn in sample.turns]
+        before, *after = _render(self.processor, marked).split(MARKER)
+        mismatch = _refuse(sample, "template_mismatch", "an answer that the chat template leaves out or rewrites")
+        if len(after) != len(answers) or not text.startswith(before):
+            raise mismatch
+        spans, position = [], len(before)
+        for answer, following in zip(answers, after, strict=True):
+            # templates may trim answers, as Gemma's does
+            kept = next((a for a in (answer, answer.strip()) if text.startswith(a + following, position)), None)
+            if kept is None or not following.startswith(self.chat.end_of_turn):
+                raise mismatch
+            lead = len(self.chat.lead) if text.endswith(self.chat.lead, 0, position) else 0
+            spans.append(Span(position - lead, position + len(kept) + len(self.chat.end_of_turn)))
+            position += len(kept) + len(following)
+        if position != len(text):
+            raise mismatch
+        return spans
+
+    def _process(self, sample: Sample, text: str, images: Sequence[ImageRef]) -> tuple[dict[str, Tensor], list[Span]]:
+        """The processor's tensors for one conversation, and which characters of `text` each token stands for."""
+        pictures = []
+        for image in images:
+            try:
+                pictures.append(open_image(image))
+            except (OSError, ValueError) as error:
+                raise _refuse(sample, "image_unreadable", f"the unreadable image {image}: {error}") from error
+        starts_with_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        try:
+            features = self.processor(
+                text=[text],
+                images=[pictures] if pictures else None,
+                add_special_tokens=not starts_with_bos,  # or there would be two
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+            )
+        except ValueError as error:
+            raise _refuse(sample, "image_refused", f"images that the model's processor refuses: {error}") from error
+        (offsets,) = features.pop("offset_mapping")
+        (expansions,) = features.pop("text_replacement_offsets", None) or [[]]
+        if len(expansions) != len(pictures):
+            raise ModelError(f"{self.name}: {type(self.processor).__name__} does not tell how it expands images")
+        features.convert_to_tensors("pt")
+        return dict(features), [_original_span(offset, expansions) for offset in offsets]
+
+    def _encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
+        images = [image for turn in sample.prompt for image in turn.images]
+        return self._process(sample, self._render(sample, sample.prompt, prompt=True), images)[0]
+
+    def _pad(self, items: Sequence[dict[str, Tensor]], *, side: Literal["left", "right"]) -> dict[str, Tensor]:
+        batch = {}
+        for name in dict.fromkeys(name for item in items for name in item):
+            having = [item for item in items if name in item]
+            if having[0][name].shape == having[0]["input_ids"].shape:
+                value = self._pad_id() if name == "input_ids" else 0
+                batch[name] = _pad_tokens([item[name] for item in items], value, side=side)
+            elif self.base_model.config.model_type in ROW_PER_SAMPLE:
+                absent = torch.zeros_like(having[0][name])
+                batch[name] = _pad_and_concatenate([item.get(name, absent) for item in items])
+            else:
+                batch[name] = _pad_and_concatenate([item[name] for item in having])
+        dtype = self.base_model.dtype
+        return {name: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for name, t in batch.items()}
+
+    def _stop_ids(self) -> list[int]:
+        stops = {self.tokenizer.convert_tokens_to_ids(self.chat.end_of_turn), self.tokenizer.eos_token_id}
+        return sorted(stop for stop in stops if stop is not None)
+
+    def _pad_id(self) -> int:
+        # which token pads does not matter: it is masked
+        return self._stop_ids()[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+def build_processor(folder: Path, config: transformers.PretrainedConfig) -> Any:
+    """The processor of the checkpoint in `folder`, for text and images alone.
+
+    AutoProcessor insists on the video processor of Qwen-VL, InternVL, SmolVLM and LLaVA-OneVision, which insists on
+    torchvision. This is the same class with None in the video processor's place, and without the check of that.
+    """
+    named = _processor_class_name(folder)
+    named = IMAGE_TWIN.get(named, named)
+    processor_class: Any = processor_class_from_name(named) if named else PROCESSOR_MAPPING.get(type(config), None)
+    if processor_class is None:
+        wanted = named or f"processor for {config.model_type!r} models"
+        raise ModelError(f"{folder}: transformers {transformers.__version__} has no {wanted}")
+    images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    parts = {"image_processor": images, "tokenizer": tokenizer, "video_processor": None}
+    attributes = processor_class.get_attributes()
+    if unknown := [name for name in attributes if name not in parts]:
+        raise ModelError(
+            f"{folder}: {processor_class.__name__} needs {', '.join(unknown)}; only text and images are known"
+        )
+    unchecked: Any = type(
+        processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda *_: None}
+    )
+    settings, _ = processor_class.get_processor_dict(folder)
+    processor = unchecked.from_args_and_dict([parts[name] for name in attributes], settings)
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ModelError(
+            f"{folder} has no chat template; use an instruction-tuned checkpoint or add chat_template.jinja"
+        )
+    return processor
+
+
+def _processor_class_name(folder: Path) -> str:
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            settings = json.loads((folder / file).read_text(encoding="utf-8"))
+            if settings.get("processor_class"):
+                return settings["processor_class"]
+    return ""
+
+
+def find_chat_format(processor: Any, name: str) -> ChatFormat:
+    """How the template closes an answer, and what it leaves for the model to write before one. Raises ModelError."""
+    question = Turn("user", ("question",))
+    try:
+        prompt = _render(processor, [question], prompt=True)
+        before, _, after = _render(processor, [question, Turn("assistant", (MARKER,))]).partition(MARKER)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ModelError(f"{name}: the chat template does not take a question and an answer: {error}") from error
+    added = processor.tokenizer.added_tokens_decoder
+    control_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
+    first = next(iter(processor.tokenizer(after, add_special_tokens=False)["input_ids"]), None)
+    if first not in control_tokens or not after.startswith(control_tokens[first]):
+        raise ModelError(
+            f"{name}: the chat template puts no end-of-turn token after an answer, but {after[:20]!r}, so a model "
+            "trained with it would not learn to stop; use a checkpoint whose template closes its turns"
+        )
+    if before.startswith(prompt):
+        return ChatFormat(control_tokens[first], before.removeprefix(prompt), control_tokens)
+    log.warning(
+        "%s: its chat template opens an answer with %r but ends a prompt with %r; training follows the first, "
+        "generation the second",
+        name,
+        before[-24:],
+        prompt[-24:],
+    )
+    return ChatFormat(control_tokens[first], "", control_tokens)
+
+
+def _settings_folder(path: str) -> Path:
+    """The folder with everything but the weights. A hub id is downloaded, or found in the cache when offline."""
+    if path == "tiny":
+        return WEIGHTS
+    if Path(path).exists():
+        return Path(path).absolute()
+    try:
+        with _quiet():
+            return Path(huggingface_hub.snapshot_download(path, allow_patterns=SETTINGS_PATTERNS))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ModelError(
+            f"{path} is not a folder here, and as a hub id it could not be fetched ({type(error).__name__}). "
+            "Give the folder of a checkpoint, or fetch it once while online with `hf download`"
+        ) from error
+
+
+def _load_model(path: str, folder: Path, *, device: str, dtype: str) -> VLM:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{path} is not a checkpoint: it has neither config.json nor adapter_config.json")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(f"{path} is a {config.model_type!r} model; image-text-to-text models are supported")
+    processor = build_processor(folder, config)
+    chat = find_chat_format(processor, path)
+    source = str(folder) if path == "tiny" or Path(path).exists() else path
+    loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+        source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    model, report = loaded
+    if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ModelError(f"{path} lacks {len(lost)} tensors of its model, or has them in another shape: {lost[0]}")
+    if extra := sorted(report["unexpected_keys"]):
+        log.warning("%s has %d tensors that are not part of its model, such as %s", path, len(extra), extra[0])
+    model.name_or_path = source  # what an adapter trained on it names as its base
+    return VLM(model.to(_device(device)).eval(), processor, path, folder, chat)
+
+
+def _load_adapter(path: str, folder: Path, *, device: str, dtype: str) -> VLM:
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ModelError(f"{path} has adapter_config.json but no adapter_model.safetensors")
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    try:
+        base = VLM.load(str(settings.base_model_name_or_path), device=device, dtype=dtype)
+    except ModelError as error:
+        raise ModelError(f"{path} is an adapter whose base model cannot be loaded: {error}") from error
+    model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    return dataclasses.replace(base, model=model.eval(), name=path)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode for a while. Modules go back one by one: a frozen tower may be in another mode than the rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _render(processor: Any, turns: Sequence[Turn], *, prompt: bool = False) -> str:
+    """The conversation in the template's words. The text of an answer is one block, whatever parts it has."""
+    messages = []
+    for turn in turns:
+        parts = (turn.text,) if turn.role == "assistant" else turn.parts
+        blocks = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        messages.append({"role": turn.role, "content": blocks})
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def _is_visible(text: str) -> bool:
+    return any(character.isprintable() and not character.isspace() for character in text)
+
+
+def _refuse(sample: Sample, reason: str, found: str) -> EncodeError:
+    return EncodeError(reason, f"{sample.origin}: sample {sample.id!r} has {found}")
+
+
+def _original_span(offset: tuple[int, int], expansions: list[dict[str, Any]]) -> Span:
+    """A token's characters in the text as it was before images were expanded; empty for the tokens of an image."""
+    start, end = offset
+    gained = 0
+    for expansion in expansions:
+        expanded_start, expanded_end = expansion["new_span"]
+        if end <= expanded_start:
+            break
+        if start < expanded_end:
+            return Span(expansion["span"][0], expansion["span"][0])
+        gained = expanded_end - expansion["span"][1]
+    return Span(start - gained, end - gained)
+
+
+def _pad_tokens(rows: Sequence[Tensor], value: int, *, side: Literal["left", "right"]) -> Tensor:
+    longest = max(row.shape[1] for row in rows)
+    gaps = [longest - row.shape[1] for row in rows]
+    sides = [(gap, 0) if side == "left" else (0, gap) for gap in gaps]
+    return torch.cat([pad(row, both, value=value) for row, both in zip(rows, sides, strict=True)])
+
+
+def _pad_and_concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one after another along dimension 0, the other dimensions filled with zeros to the largest."""
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        gaps = [full - size for full, size in zip(largest, tensor.shape[1:], strict=True)]
+        padded.append(pad(tensor, [amount for gap in reversed(gaps) for amount in (0, gap)]))
+    return torch.cat(padded)

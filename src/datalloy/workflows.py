@@ -1,0 +1,534 @@
+"""The one file that knows the order of the stages: a recipe in, a run folder with a better model out.
+
+    check -> score -> select -> train -> evaluate -> export
+
+Each stage is X in, Y out; stages meet in artefacts (samples, scores, a selection, a checkpoint), never in each
+other. A stage asks for what it needs, so any verb can be called first; what already has a done-record in the run
+folder is read, not computed again.
+
+The method is that of One-Step-Train (arXiv 2605.07488): tune the proxy a little, score every sample by what one
+training step on it does to the targets, keep the useful part, throw out the toxic part. What to keep is then
+decided by small measured runs, not by the score alone (DESIGN 2.1, "from score to decision").
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datalloy import bakeoff, config, leakage, readers, scorers
+from datalloy.config import Recipe
+from datalloy.encoding import EncodedSamples
+from datalloy.errors import DataError, LeakageError
+from datalloy.evaluation import Evaluation, answer_losses, evaluate
+from datalloy.exporters import export_rows
+from datalloy.progress import track
+from datalloy.readers import Reject
+from datalloy.run import Run, write_atomically, write_json
+from datalloy.sample import Sample
+from datalloy.scores import Scores
+from datalloy.selection import Selection, select
+from datalloy.training import training_flops, train
+from datalloy.vlm import VLM, EncodeError
+
+log = logging.getLogger(__name__)
+
+SHARD = 128  # samples in one unit of scoring: what a kill can cost at most
+MIN_TARGET_ITEMS = 8
+EVERYTHING = ("check", "score", "select", "train", "evaluate", "export")
+
+
+class Workflow:
+    """The stages of one run. Data are read once and models loaded when a stage first needs them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe = run, run.recipe
+
+    # --- check: files in, samples that a model can be trained on out -------------------------------------------
+
+    def check(self) -> dict[str, Any]:
+        """Read everything, refuse what cannot be trained on, look for leaks. Returns the counts.
+
+        Writes `rejected.jsonl` and `check.json`. Raises DataError over the error budget or where a set is too
+        small, LeakageError when a target or evaluation item is in the pool.
+        """
+        return self._checked[0]
+
+    @cached_property
+    def _checked(self) -> tuple[dict[str, Any], list[Sample], dict[str, list[Sample]], dict[str, list[Sample]]]:
+        pool, rejects = self._read(self.recipe.domains)
+        targets, target_rejects = self._read(self.recipe.targets)
+        evaluation, evaluation_rejects = self._read(self.recipe.evaluation)
+        read = {name: len(group) for sets in (pool, targets, evaluation) for name, group in sets.items()}
+        done = self.run.finished("check")
+        if done is None:
+            rejects += target_rejects + evaluation_rejects
+            rejects += self._unusable([s for sets in (pool, targets, evaluation) for g in sets.values() for s in g])
+            rejects += self._leaks(pool, targets, evaluation)
+            rejected_at = [[str(reject.path), reject.row] for reject in rejects]
+            lines = [json.dumps({**asdict(r), "path": str(r.path)}, ensure_ascii=False) + "\n" for r in rejects]
+            write_atomically(self.run.path("rejected.jsonl"), "".join(lines).encode())
+        else:
+            rejected_at = done["rejected_at"]
+        bad = {(path, row) for path, row in rejected_at}
+        kept = [
+            {name: [s for s in group if (str(s.origin.path), s.origin.row) not in bad] for name, group in sets.items()}
+            for sets in (pool, targets, evaluation)
+        ]
+        digest = _digest([s for sets in kept for group in sets.values() for s in group])
+        if done is None:
+            counts = self._count(*kept, rejects=rejects, read=read)
+            write_json(self.run.path("check.json"), counts)
+            self._refuse_over_budget(counts)
+            files = [self.run.path("check.json"), self.run.path("rejected.jsonl")]
+            done = self.run.commit("check", files, {"counts": counts, "digest": digest, "rejected_at": rejected_at})
+        if done["digest"] != digest:
+            raise DataError(
+                f"the pictures or texts of {self.recipe.name} changed since {self.run.folder} was started, under the same "
+                "file names; put them back, or start a new run with --run"
+            )
+        pool_list = sorted((s for group in kept[0].values() for s in group), key=lambda s: (s.domain, s.id))
+        return done["counts"], pool_list, kept[1], kept[2]
+
+    @property
+    def pool(self) -> list[Sample]:
+        """All usable samples, sorted by domain and id: the order of every table."""
+        return self._checked[1]
+
+    @property
+    def targets(self) -> dict[str, list[Sample]]:
+        return self._checked[2]
+
+    @property
+    def evaluation(self) -> dict[str, list[Sample]]:
+        return self._checked[3]
+
+    def _read(self, sources: Mapping[str, config.DataSource]) -> tuple[dict[str, list[Sample]], list[Reject]]:
+        groups, rejects = {}, []
+        for name, source in sources.items():
+            groups[name], bad = readers.read_all(source, name)
+            rejects += bad
+            log.info("read %s: %d samples, %d rejected (%s)", name, len(groups[name]), len(bad), source.path)
+        return groups, rejects
+
+    def _unusable(self, samples: Sequence[Sample]) -> list[Reject]:
+        """Samples that the model cannot be given: no supervised token, too long, picture that cannot be decoded."""
+        rejects = []
+        for sample in track(samples, "check", len(samples)):
+            try:
+                self._proxy_base.encode(sample, max_tokens=self.recipe.train.max_tokens)
+            except EncodeError as error:
+                origin = sample.origin
+                rejects.append(Reject(origin.path, origin.row, origin.line, sample.id, error.reason, str(error)))
+        return rejects
+
+    def _leaks(
+        self, pool: dict[str, list[Sample]], targets: dict[str, list[Sample]], evaluation: dict[str, list[Sample]]
+    ) -> list[Reject]:
+        samples = [s for group in pool.values() for s in group]
+        guarded = {**{f"targets.{k}": v for k, v in targets.items()}, **{f"evaluation.{k}": v for k, v in evaluation.items()}}
+        leaks = leakage.find_leaks(samples, guarded, image_distance=self.recipe.leakage.image_distance)
+        if not leaks:
+            return []
+        policy = self.recipe.leakage.on_leak
+        if policy == "error":
+            raise LeakageError(
+                f"{leakage.describe(leaks)}\nA sample that is also a target gets the highest utility and every figure "
+                "after it is worthless. Remove these rows, or set leakage.on_leak: drop to have the pool's copies dropped"
+            )
+        log.warning("%s", leakage.describe(leaks))
+        if policy == "allow":
+            return []
+        found = {(leak.pool_domain, leak.pool_id): leak for leak in leaks}
+        return [
+            Reject(s.origin.path, s.origin.row, s.origin.line, s.id, "leak", f"also in {found[s.domain, s.id].set_name}")
+            for s in samples
+            if (s.domain, s.id) in found
+        ]
+
+    def _count(self, *kept: dict[str, list[Sample]], rejects: list[Reject], read: dict[str, int]) -> dict[str, Any]:
+        reasons: dict[str, int] = {}
+        for reject in rejects:
+            reasons[reject.reason] = reasons.get(reject.reason, 0) + 1
+        by_file: dict[str, int] = {}
+        for reject in rejects:
+            by_file[str(reject.path)] = by_file.get(str(reject.path), 0) + 1
+        sections = zip(("domains", "targets", "evaluation"), kept, strict=True)
+        return {
+            **{section: {name: len(group) for name, group in groups.items()} for section, groups in sections},
+            "rejected": len(rejects),
+            "rejected_by_reason": dict(sorted(reasons.items())),
+            "rejected_by_file": by_file,
+            "read": read,
+            "duplicates": leakage.count_duplicates([s for group in kept[0].values() for s in group]),
+        }
+
+    def _refuse_over_budget(self, counts: dict[str, Any]) -> None:
+        allowed = self.recipe.max_rejected_fraction
+        for section in ("domains", "targets", "evaluation"):
+            for name, source in getattr(self.recipe, section).items():
+                kept, bad = counts[section][name], counts["rejected_by_file"].get(str(Path(source.path)), 0)
+                if kept == 0:
+                    raise DataError(f"{section}.{name} ({source.path}) has no usable sample; see {self.run.path('rejected.jsonl')}")
+                if bad > allowed * (kept + bad):
+                    raise DataError(
+                        f"{section}.{name} ({source.path}): {bad} of {kept + bad} records were rejected, max_rejected_fraction is "
+                        f"{allowed}. Reasons: {counts['rejected_by_reason']}; every record is in {self.run.path('rejected.jsonl')}"
+                    )
+        for name in self.recipe.targets:
+            if counts["targets"][name] < MIN_TARGET_ITEMS:
+                raise DataError(
+                    f"targets.{name} has {counts['targets'][name]} items, at least {MIN_TARGET_ITEMS} are needed to tell a "
+                    "utility from noise; about 100 are recommended"
+                )
+
+    # --- models ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _proxy_base(self) -> VLM:
+        return VLM.load(self.recipe.proxy_model, device=self.recipe.device)
+
+    @cached_property
+    def _base(self) -> VLM:
+        if self.recipe.base == self.recipe.proxy_model:
+            return self._proxy_base
+        return VLM.load(self.recipe.base, device=self.recipe.device)
+
+    @cached_property
+    def _encoded_pool(self) -> EncodedSamples:
+        return EncodedSamples(self._proxy_base, self.pool, max_tokens=self.recipe.train.max_tokens)
+
+    def _target_items(self, part: str) -> dict[str, list[Sample]]:
+        """The items of each target that score samples, or those that judge the bake-off.
+
+        Judged on other items than scored with where there are enough: at most `score.target_items` each. The order
+        is that of content hashes, so that it does not depend on the file's.
+        """
+        limit = self.recipe.score.target_items
+        chosen = {}
+        for name, samples in self.targets.items():
+            ordered = sorted(samples, key=lambda s: s.content_hash)
+            rest = ordered[limit:]
+            chosen[name] = rest[:limit] if part == "judge" and len(rest) >= limit // 2 else ordered[:limit]
+        return chosen
+
+    def _encode(self, vlm: VLM, groups: Mapping[str, Sequence[Sample]]) -> dict[str, EncodedSamples]:
+        limit = self.recipe.train.max_tokens
+        return {name: EncodedSamples(vlm, samples, max_tokens=limit) for name, samples in groups.items()}
+
+    def warm_up(self) -> VLM:
+        """The proxy, tuned on a small random part of the pool (OST: a cold or a converged proxy ranks worse)."""
+        fraction = self.recipe.score.warmup_fraction
+        if fraction == 0:
+            return self._proxy_base
+        folder = self.run.path("proxy")
+        if self.run.finished("proxy") is None:
+            order = self._random_order("warm-up")
+            chosen = order[: max(1, round(fraction * len(order)))]
+            log.info("warm-up: tuning the proxy on %d samples", len(chosen))
+            settings = self._short_run(protocol="fixed_epochs", epochs=1.0, seed=self.recipe.score.seed)
+            # a few steps even where 5 % of the pool is less than a batch
+            steps = max(4, round(len(chosen) / settings.batch_size))
+            trained = train(self._proxy_base.copy(), self._encoded_pool.pick(chosen), settings, folder, steps=steps)
+            self.run.commit("proxy", [folder], {"samples": len(chosen), "steps": trained.steps, "seconds": trained.seconds})
+        return VLM.load(str(folder), device=self.recipe.device)
+
+    def _short_run(self, **changes: Any) -> config.Train:
+        """Training settings of the proxy: all weights, because LoRA starts at a point where half its gradient is zero."""
+        return self.recipe.train.model_copy(update={"adapter": "none", "report_to": (), **changes})
+
+    def _random_order(self, purpose: str) -> list[int]:
+        """Indices of the pool in an order drawn from the seed and each sample's content."""
+        keys = [f"{purpose} {s.content_hash}" for s in self.pool]
+        draw_N = scorers.BASELINES["random"](np.empty(0), np.empty(0), keys, self.recipe.score.seed)
+        return [int(i) for i in np.argsort(draw_N, kind="stable")]
+
+    # --- score: samples in, utilities out ----------------------------------------------------------------------
+
+    def score(self) -> Scores:
+        """Score every sample of the pool by every scorer the recipe needs; returns the table of the first.
+
+        Writes `scores/METHOD.parquet`, and the first of them as `scores.parquet`.
+        """
+        tables = [self._table(method) for method in self._methods]
+        target = self.run.path("scores.parquet")
+        if self.run.finished("scores") is None:
+            tables[0].write(target)
+            self.run.commit("scores", [target])
+        return tables[0]
+
+    @property
+    def _methods(self) -> list[str]:
+        """Scorers that need a pass of their own; the baselines follow from the columns of any table."""
+        settings = self.recipe
+        wanted = settings.select.bakeoff_arms if settings.score.method == "auto" else (settings.score.method,)
+        return [method for method in wanted if method not in scorers.BASELINES] or ["loss"]
+
+    def _table(self, method: str) -> Scores:
+        target = self.run.path(f"scores/{method}.parquet")
+        if self.run.finished(f"scores/{method}") is not None:
+            return Scores.read(target)
+        shards = [range(i, min(i + SHARD, len(self.pool))) for i in range(0, len(self.pool), SHARD)]
+        scorer: scorers.Scorer | None = None
+        for number, shard in enumerate(track(shards, f"score ({method})", len(shards))):
+            unit, path = f"scores/{method}/{number:05d}", self.run.path(f"scores/{method}/{number:05d}.parquet")
+            if self.run.finished(unit) is None:
+                scorer = scorer or self._scorer(method)
+                self._score_rows(scorer, shard).write(path)
+                self.run.commit(unit, [path])
+        parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
+        table = Scores.concat(parts).with_metadata(self._score_metadata(method))
+        table.write(target)
+        self.run.commit(f"scores/{method}", [target])
+        return table
+
+    def _scorer(self, method: str) -> scorers.Scorer:
+        probing = self._probing if method != "loss" else None
+        return scorers.prepare(method, self._scoring_inputs, probing, self._encoded_probes)
+
+    def _score_rows(self, scorer: scorers.Scorer, shard: range) -> Scores:
+        samples, encoded = [self.pool[i] for i in shard], [self._encoded_pool[i] for i in shard]
+        block = scorer.score(encoded)
+        return Scores.from_block(
+            ids=[s.id for s in samples],
+            domains=[s.domain for s in samples],
+            supervised_tokens=[e.supervised_tokens for e in encoded],
+            length_tokens=[e.length for e in encoded],
+            block=block,
+            targets=list(self.targets),
+            contributions=self.recipe.score.contributions,
+        )
+
+    @cached_property
+    def _proxy(self) -> VLM:
+        return self.warm_up()
+
+    @cached_property
+    def _scoring_inputs(self) -> scorers.ScoringInputs:
+        targets = self._encode(self._proxy, self._target_items("score"))
+        weights = {name: target.weight for name, target in self.recipe.targets.items()}
+        batch = self.recipe.train.batch_size
+        return scorers.ScoringInputs(
+            vlm=self._proxy,
+            items=scorers.TargetItems.lay_out(self._proxy, targets, weights),
+            targets=targets,
+            pool_batch=self._encoded_pool.pick(self._random_order("second moments")[: 8 * batch]),
+            settings=self.recipe.score,
+            freeze_vision=self.recipe.train.freeze_vision,
+            train_batch_size=batch,
+        )
+
+    @property
+    def _probes(self) -> list[int]:
+        return self._random_order("probes")[: self.recipe.score.probes]
+
+    @cached_property
+    def _encoded_probes(self) -> Sequence[Any]:
+        return self._encoded_pool.pick(self._probes)
+
+    @cached_property
+    def _probing(self) -> scorers.Probing:
+        """Step sizes and exact utilities of the probes. Kept in the run folder: they are the dearest part of scoring."""
+        path = self.run.path("probes.npz")
+        if (done := self.run.finished("probes")) is None:
+            log.info("probing: %d probes scored exactly, step sizes scanned", len(self._probes))
+            probing = scorers.probe(self._scoring_inputs, self._methods, self._encoded_probes)
+            write_atomically(path, probing.exact.to_bytes())
+            settings = {"scans": probing.scans, "steps": probing.steps, "noise_floor": probing.noise_floor}
+            done = self.run.commit("probes", [path], settings)
+        return scorers.Probing(**done, exact=scorers.ScoreBlock.from_bytes(path.read_bytes()))
+
+    def _score_metadata(self, method: str) -> dict[str, Any]:
+        metadata: dict[str, Any] = {"method": method, "signed": method != "loss"}
+        if method == "loss":
+            return metadata
+        agreement = scorers.agreement_with_exact(
+            self._scorer(method), self._probing, self._encoded_probes, self.recipe.score.seed
+        )
+        return {
+            **metadata,
+            "step": self._probing.steps.get(method, self._probing.steps["exact"]),
+            "step_rule": self.recipe.score.step_rule,
+            "agreement_with_exact": scorers.agreement_metadata(agreement),
+            "noise_floor": self._probing.noise_floor,
+            "step_scans": dict(self._probing.scans),
+        }
+
+    # --- select: utilities in, kept ids out --------------------------------------------------------------------
+
+    def select(self) -> Selection:
+        """Keep the useful part. Where the recipe says auto, the bake-off decides how. Writes `selection.parquet`."""
+        path = self.run.path("selection.parquet")
+        if self.run.finished("selection") is not None:
+            return Selection.read(path)
+        arm, outcome = self._chosen_arm()
+        selection = self.selection_of(arm)
+        selection = selection.with_metadata({**selection.metadata, "arm": asdict(arm), "bakeoff": outcome})
+        selection.write(path)
+        self.run.commit("selection", [path], {"arm": asdict(arm), "kept": int(selection.kept.sum())})
+        return selection
+
+    def selection_of(self, arm: bakeoff.Arm) -> Selection:
+        """What one way of selecting keeps of the pool."""
+        settings = self.recipe.select.model_copy(update={"within": arm.within})
+        if arm.scorer == "full":
+            settings = settings.model_copy(update={"drop_toxic": False})
+        return select(
+            self.scores_by("random" if arm.scorer == "full" else arm.scorer),
+            settings,
+            fraction=arm.fraction,
+            length_normalised=self.recipe.score.length_normalised,
+            cost_N=self._training_flops_N,
+        )
+
+    def scores_by(self, scorer: str) -> Scores:
+        """The pool's scores by any scorer; baselines are made from the columns of the first table."""
+        if scorer not in scorers.BASELINES:
+            return self._table(scorer)
+        table = self.score()
+        keys = {(s.domain, s.id): s.content_hash for s in self.pool}
+        rows = [keys[row] for row in zip(table.domain, table.id, strict=True)]
+        utility_N = scorers.BASELINES[scorer](table.loss, table.supervised_tokens, rows, self.recipe.select.seed)
+        return table.with_utility(utility_N, {"method": scorer, "signed": False})
+
+    def _chosen_arm(self) -> tuple[bakeoff.Arm, dict[str, Any] | None]:
+        score, settings = self.recipe.score, self.recipe.select
+        methods = settings.bakeoff_arms if score.method == "auto" else (score.method,)
+        fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
+        if len(methods) == 1 and len(fractions) == 1:
+            return bakeoff.Arm(methods[0], fractions[0], settings.within), None
+        # settings.within is the user's word for a fixed choice; the race tries both
+        arms = bakeoff.make_arms(methods, fractions, ("domain", "global"))
+        judge = self._encode(self._proxy_base, self._target_items("judge"))
+        items = scorers.TargetItems.lay_out(
+            self._proxy_base, judge, {name: target.weight for name, target in self.recipe.targets.items()}
+        )
+        batch = self.recipe.train.batch_size
+        outcome = bakeoff.race(
+            arms,
+            lambda arm, steps, number: self._run_arm(arm, steps, number, items),
+            weight_V=items.item_weight_V,
+            budget_steps=int(settings.bakeoff_epochs * len(self.pool) / batch),
+            longest_steps=self._final_steps,
+            seed=settings.seed,
+        )
+        write_json(self.run.path("bakeoff.json"), asdict(outcome))
+        return outcome.winner, asdict(outcome)
+
+    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: scorers.TargetItems) -> np.ndarray:
+        unit = f"bakeoff/{number}-{arm.name.replace(' ', '-').replace('%', '')}"
+        if (done := self.run.finished(unit)) is None:
+            log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
+            vlm = self._proxy_base.copy()
+            train(vlm, self._encoded_pool.pick(self._kept_indices(self.selection_of(arm))), self._short_run(), None, steps=steps)
+            done = self.run.commit(unit, [], {"steps": steps, "losses": items.losses(vlm).tolist()})
+        return np.array(done["losses"])
+
+    def _kept_indices(self, selection: Selection) -> list[int]:
+        index = {(s.domain, s.id): i for i, s in enumerate(self.pool)}
+        return [index[key] for key in zip(*selection.kept_keys(), strict=True)]
+
+    @property
+    def _final_steps(self) -> int:
+        settings = self.recipe.train
+        if settings.protocol == "fixed_compute":
+            return max(1, round(settings.samples / settings.batch_size))
+        return max(1, round(settings.epochs * len(self.pool) / settings.batch_size))
+
+    @cached_property
+    def _training_flops_N(self) -> np.ndarray:
+        """Training FLOPs of one pass over each sample, in the order of the pool."""
+        table = self.score()
+        return np.array([training_flops(self._base, int(tokens)) for tokens in table.length_tokens], dtype=float)
+
+    # --- train: kept samples in, checkpoint out ----------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Tune the base model on what was kept. Writes `model/`."""
+        self._train_on(self._kept_indices(self.select()), "model", self.run.path("model"))
+        return self.run.path("model")
+
+    def _train_on(self, indices: Sequence[int], unit: str, folder: Path) -> dict[str, Any]:
+        if (done := self.run.finished(unit)) is not None:
+            return done
+        log.info("training %s on %d samples", unit, len(indices))
+        vlm = self._base.copy()
+        encoded = EncodedSamples(vlm, [self.pool[i] for i in indices], max_tokens=self.recipe.train.max_tokens)
+        trained = train(vlm, encoded, self.recipe.train, folder)
+        facts = asdict(trained)
+        return self.run.commit(unit, [folder], {**facts, "kept": len(indices)})
+
+    # --- evaluate: checkpoint in, metrics out ------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the base and the trained model on targets and held-out sets. Writes `metrics.json`."""
+        self.train()
+        metrics = {
+            "base": self._evaluate_model("base", lambda: self._base),
+            "model": self._evaluate_model("model", lambda: VLM.load(str(self.run.path("model")), device=self.recipe.device)),
+        }
+        write_json(self.run.path("metrics.json"), metrics)
+        return metrics
+
+    def _evaluate_model(self, name: str, load: Callable[[], VLM]) -> dict[str, Any]:
+        """Metric and answer loss on every set, with intervals; item values go to `evaluation/NAME.json`."""
+        path = self.run.path(f"evaluation/{name}.json")
+        if self.run.finished(f"evaluation/{name}") is None:
+            vlm = load()
+            sets = {**self.recipe.targets, **self.recipe.evaluation}
+            samples = {**self.targets, **self.evaluation}
+            results = {
+                key: asdict_evaluation(evaluate(vlm, samples[key], target.metric, self.recipe.evaluate))
+                for key, target in sets.items()
+            }
+            write_json(path, results)
+            self.run.commit(f"evaluation/{name}", [path])
+        return {key: {k: v for k, v in row.items() if k in ("metric", "mean", "interval", "items")} for key, row in json.loads(path.read_text()).items()}
+
+    # --- export: kept ids in, training files out ---------------------------------------------------------------
+
+    def export(self) -> Path:
+        """Write the kept rows byte for byte in their own format to `export/`, one file a domain."""
+        folder = self.run.path("export")
+        if self.run.finished("export") is None:
+            kept = [self.pool[i] for i in self._kept_indices(self.select())]
+            files = export_rows(kept, folder)
+            self.run.commit("export", files, {"samples": len(kept)})
+        return folder
+
+    # --- compare: other selections trained and measured at equal compute ---------------------------------------
+
+    def compare(self, arms: Mapping[str, bakeoff.Arm]) -> dict[str, Any]:
+        """Train the base on what each arm keeps, at equal compute, and measure. The OST paper's tables.
+
+        Returns, for every arm, the results of `evaluate` and how many samples it kept.
+        """
+        table = {}
+        for name, arm in arms.items():
+            folder = self.run.path(f"compare/{name}")
+            indices = self._kept_indices(self.selection_of(arm))
+            self._train_on(indices, f"compare/{name}", folder)
+            results = self._evaluate_model(name, lambda folder=folder: VLM.load(str(folder), device=self.recipe.device))
+            table[name] = {"kept": len(indices), "sets": results}
+        return table
+
+    def run_all(self) -> dict[str, Any]:
+        """The whole chain. Writes `status.json` last."""
+        counts = self.check()
+        selection = self.select()
+        metrics = self.evaluate()
+        self.export()
+        status = {
+            "complete": True,
+            "fingerprint": self.run.fingerprint,
+            "counts": counts,
+            "kept": int(selection.kept.sum()),
+            "metrics": metrics,
+        }
+        write_json(self.run.path("status.json"), status)
+        return status

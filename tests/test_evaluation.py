@@ -1,0 +1,130 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from drawn import build_vlm, draw_samples
+
+from datalloy.config import Evaluate, Train
+from datalloy.errors import DataError, ModelError
+from datalloy.evaluation import answer_losses, evaluate
+from datalloy.sample import Turn
+from datalloy.training import train
+
+SETTINGS = Evaluate(batch_size=4, max_new_tokens=8, resamples=200)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return draw_samples(12)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory, samples):
+    """Trained until its answers are words and differ between pictures."""
+    vlm = build_vlm(tmp_path_factory.mktemp("base"))
+    encoded = [vlm.encode(sample) for sample in samples]
+    train(vlm, encoded, Train(adapter="none", batch_size=12, learning_rate=5e-3), None, steps=60)
+    return vlm
+
+
+@pytest.fixture(scope="module")
+def encoded(vlm, samples):
+    return [vlm.encode(sample) for sample in samples]
+
+
+def test_answer_loss_is_the_mean_negative_log_probability_of_the_answer(vlm, encoded):
+    item = encoded[0]
+    with torch.no_grad():
+        logits = vlm.model(**item.inputs).logits[0, :-1]
+    targets = item.labels[0, 1:]
+    supervised = targets != -100
+    expected = -torch.log_softmax(logits, dim=-1)[supervised, targets[supervised]].mean()
+    assert answer_losses(vlm, [item], batch_size=1)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_answer_losses_do_not_depend_on_the_batch_size(batch_size, vlm, encoded):
+    """Padding and batching round differently; 1e-5 nats is some ten times what float32 was seen to lose here."""
+    expected = answer_losses(vlm, encoded, batch_size=4)
+    assert answer_losses(vlm, encoded, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+
+
+def test_answer_losses_come_in_the_order_given(vlm, encoded):
+    forth, back = answer_losses(vlm, encoded, batch_size=1), answer_losses(vlm, encoded[::-1], batch_size=1)
+    assert len(set(forth)) > 6
+    assert np.array_equal(forth, back[::-1])
+
+
+def test_answer_losses_are_the_same_bits_each_time(vlm, encoded):
+    assert np.array_equal(answer_losses(vlm, encoded, batch_size=4), answer_losses(vlm, encoded, batch_size=4))
+
+
+def test_answer_losses_build_no_graph(vlm, encoded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(type(vlm), "losses", watched(type(vlm).losses, seen))
+    assert answer_losses(vlm, encoded[:2], batch_size=2).dtype == np.float64
+    assert not any(loss.requires_grad for loss in seen)
+
+
+def watched(function, results):
+    def call(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return call
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_predictions_do_not_depend_on_the_batch_size(batch_size, vlm, samples):
+    expected = evaluate(vlm, samples, "exact_match", SETTINGS)
+    assert len(set(expected.predictions)) > 3
+    other = evaluate(vlm, samples, "exact_match", SETTINGS.model_copy(update={"batch_size": batch_size}))
+    assert other.predictions == expected.predictions
+    assert other.interval == expected.interval
+
+
+def test_evaluation_marks_each_prediction_against_its_own_reference(vlm, samples):
+    evaluation = evaluate(vlm, samples, "exact_match", SETTINGS)
+    marks = [p == r for p, r in zip(evaluation.predictions, evaluation.references, strict=True)]
+    assert 0 < sum(marks)
+    assert evaluation.values_V.tolist() == marks
+    assert evaluation.mean == pytest.approx(sum(marks) / len(marks))
+    assert evaluation.references == tuple(sample.answer for sample in samples)
+    assert evaluation.ids == tuple(sample.id for sample in samples)
+
+
+def test_interval_holds_the_mean(vlm, samples):
+    evaluation = evaluate(vlm, samples, "anls", SETTINGS)
+    assert evaluation.interval.low <= evaluation.mean <= evaluation.interval.high
+
+
+def test_loss_is_reported_in_nats_without_generating(vlm, samples, encoded, monkeypatch):
+    monkeypatch.setattr(type(vlm), "generate", lambda *_: pytest.fail("generated"))
+    evaluation = evaluate(vlm, samples, "loss", SETTINGS)
+    assert evaluation.predictions == ()
+    assert evaluation.values_V == pytest.approx(answer_losses(vlm, encoded, batch_size=4), abs=1e-5)
+
+
+def test_chunks_do_not_change_the_order(vlm, samples, monkeypatch):
+    whole = evaluate(vlm, samples, "exact_match", SETTINGS)
+    monkeypatch.setattr("datalloy.evaluation.CHUNK_BATCHES", 1)
+    assert evaluate(vlm, samples, "exact_match", SETTINGS).predictions == whole.predictions
+
+
+def test_nothing_to_evaluate_is_refused(vlm):
+    with pytest.raises(DataError, match="the set has no samples"):
+        evaluate(vlm, [], "exact_match", SETTINGS)
+
+
+def test_reference_that_does_not_suit_the_metric_is_named(vlm, samples):
+    wordy = dataclasses.replace(samples[0], turns=(samples[0].turns[0], Turn("assistant", ("Paris",))))
+    with pytest.raises(DataError, match=r"drawn.jsonl:1: sample drawn-0: the reference answer 'Paris' names no option"):
+        evaluate(vlm, [wordy], "option_letter", SETTINGS)
+
+
+def test_loss_that_is_not_finite_is_an_error_with_the_sample(vlm, samples):
+    broken = vlm.copy()
+    next(broken.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"is nan on sample drawn-0 and not finite on 2 of 2"):
+        evaluate(broken, samples[:2], "loss", SETTINGS)

@@ -1,0 +1,144 @@
+"""Exporters: what is written is read back as the same samples, and is the original bytes."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from datalloy.config import DataSource
+from datalloy.errors import DataError
+from datalloy.exporters import export_rows
+from datalloy.readers import read_all
+from reader_contract import ALL, LAYOUTS, Conversation, samples_of, write_pictures
+
+QUESTION = {"role": "user", "content": "2 + 2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+GOOD = (
+    b'{"messages":  [{"role":"user","content":"caf\xc3\xa9?"},{"role":"assistant","content":"caf\\u00e9"}], "x": 1.50}'
+)
+
+
+def read_back(path: Path, media_root: Path):
+    return samples_of(DataSource(path=str(path), media_root=str(media_root)))
+
+
+def without_place(sample):
+    turns = [(turn.role, turn.text, [image.read() for image in turn.images]) for turn in sample.turns]
+    return sample.id, sample.domain, turns, sample.content_hash
+
+
+@pytest.mark.parametrize("write", LAYOUTS.values(), ids=LAYOUTS)
+def test_exported_rows_are_read_back_as_the_same_samples(tmp_path, write):
+    first, _, third = samples_of(write(tmp_path, ALL))
+    data, _ = export_rows([third, first], tmp_path / "out")
+    assert [without_place(sample) for sample in read_back(data, tmp_path)] == [
+        without_place(third),
+        without_place(first),
+    ]
+
+
+@pytest.mark.parametrize("write", LAYOUTS.values(), ids=LAYOUTS)
+def test_repeated_samples_are_written_repeatedly(tmp_path, write):
+    conversations = [Conversation((f"question {n}", "answer")) for n in range(5)]
+    samples = samples_of(write(tmp_path, conversations))
+    chosen = [samples[n] for n in (4, 0, 4, 2, 4)]
+    data, _ = export_rows(chosen, tmp_path / "out")
+    assert [sample.content_hash for sample in read_back(data, tmp_path)] == [sample.content_hash for sample in chosen]
+
+
+def test_lines_are_copied_byte_for_byte(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\n{torn\n" + GOOD + b"  \n" + GOOD)
+    first, second, last = read_all(DataSource(path=str(path)), "cafe")[0]
+    data, _ = export_rows([last, second, first], tmp_path / "out")
+    assert data == tmp_path / "out" / "cafe.jsonl"
+    assert data.read_bytes() == GOOD + b"\n" + GOOD + b"  \n" + GOOD + b"\r\n"
+
+
+def test_elements_of_an_array_are_copied_byte_for_byte(tmp_path):
+    path = tmp_path / "train.json"
+    other = GOOD.replace(b"1.50", b"[1e5, {}]")
+    path.write_bytes(b"\xef\xbb\xbf [\n" + GOOD + b" , 7,\t" + other + b"\r\n]")
+    first, last = read_all(DataSource(path=str(path)), "cafe")[0]
+    data, _ = export_rows([last, first, last], tmp_path / "out")
+    assert data.read_bytes() == b"[\n" + other + b",\n" + GOOD + b",\n" + other + b"\n]\n"
+
+
+def test_parquet_rows_keep_their_schema_metadata_and_other_columns(tmp_path):
+    path = tmp_path / "train.parquet"
+    rows = [{"messages": [QUESTION, ANSWER], "images": [], "note": n} for n in range(700)]
+    original = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": "features"})
+    original = original.set_column(2, "note", original["note"].cast(pyarrow.int16()))
+    pyarrow.parquet.write_table(original, path, row_group_size=30)
+    samples = samples_of(DataSource(path=str(path)))
+    order = [n * 37 % 700 for n in range(600)]
+    data, _ = export_rows([samples[n] for n in order], tmp_path / "out")
+    assert pyarrow.parquet.read_table(data).equals(pyarrow.parquet.read_table(path).take(order), check_metadata=True)
+
+
+def test_each_domain_has_its_file_and_its_media_root(tmp_path):
+    (tmp_path / "a" / "pictures").mkdir(parents=True)
+    write_pictures(tmp_path / "a" / "pictures")
+    source = LAYOUTS["messages-jsonl"](tmp_path / "a", ALL).model_copy(
+        update={"media_root": str(tmp_path / "a/pictures")}
+    )
+    shapes = samples_of(source)
+    plain = [replace(sample, domain="plain") for sample in shapes if not sample.images]
+    written = export_rows([*shapes, *plain], tmp_path / "out", media_roots={"shapes": source.media_root})
+    assert [path.name for path in written] == ["shapes.jsonl", "plain.jsonl", "media_roots.json"]
+    roots = json.loads(written[-1].read_text())
+    assert roots == {"shapes.jsonl": str(tmp_path / "a/pictures"), "plain.jsonl": str(tmp_path / "a")}
+
+
+def test_another_media_root_than_the_readers_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    samples = samples_of(LAYOUTS["llava-json"](tmp_path, ALL))
+    with pytest.raises(DataError, match=r"first: .*square\.png is not in .*other; give export the media_root"):
+        export_rows(samples, tmp_path / "out", media_roots={"shapes": str(tmp_path / "other")})
+
+
+def test_the_source_is_never_written_over(tmp_path):
+    source = LAYOUTS["messages-jsonl"](tmp_path, ALL)
+    samples = [replace(sample, domain="train") for sample in samples_of(source)]
+    before = Path(source.path).read_bytes()
+    with pytest.raises(DataError, match=r"train\.jsonl would be written over; name another folder"):
+        export_rows(samples[:1], tmp_path)
+    assert Path(source.path).read_bytes() == before
+
+
+def test_a_domain_of_two_files_is_refused(tmp_path):
+    samples = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        samples += samples_of(LAYOUTS["messages-jsonl"](tmp_path / name, ALL))
+    with pytest.raises(
+        DataError, match=r"domain shapes comes from .*a/train\.jsonl, .*b/train\.jsonl; a domain has one"
+    ):
+        export_rows(samples, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["messages-jsonl", "messages-json", "parquet-messages-struct"])
+def test_a_file_that_lost_rows_is_refused_and_the_old_export_stays(tmp_path, layout):
+    samples = samples_of(LAYOUTS[layout](tmp_path, ALL))
+    data, roots = export_rows(samples, tmp_path / "out")
+    before = data.read_bytes()
+    LAYOUTS[layout](tmp_path, ALL[:1])
+    with pytest.raises(DataError, match="is not the file that was read"):
+        export_rows(samples, tmp_path / "out")
+    assert data.read_bytes() == before
+    assert set((tmp_path / "out").iterdir()) == {data, roots}
+
+
+PACKS = os.environ.get("DATALLOY_PACKS", "")
+
+
+@pytest.mark.skipif(not Path(PACKS).is_dir() or not PACKS, reason="DATALLOY_PACKS names no folder with data packs")
+def test_a_whole_pack_is_exported_as_it_was(tmp_path):
+    for path in sorted(Path(PACKS).glob("*/test.jsonl")):
+        samples = read_all(DataSource(path=str(path)), path.parent.name)[0]
+        data, _ = export_rows(samples, tmp_path / "out")
+        assert data.read_bytes() == path.read_bytes()
