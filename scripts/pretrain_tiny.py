@@ -56,7 +56,7 @@ def make_batch(processor, rng: random.Random, size: int):
     weights = torch.zeros(batch["input_ids"].shape)
     for row, (ids, chat) in enumerate(zip(batch["input_ids"].tolist(), conversations, strict=True)):
         start = 0
-        for turn, question in zip(chat[1::2], chat[0::2], strict=True):
+        for question in chat[0::2]:
             start = ids.index(assistant, start) + 1
             stop = ids.index(end, start) + 1
             described = question["content"][-1]["text"] == DESCRIBE

@@ -181,6 +181,12 @@ class ReaderContract:
         items = list(read(source, "shapes"))
         assert [type(item) for item in items] == [Reject, Sample, Sample]
 
+    def test_skip_passes_over_samples_before_the_limit_counts(self, write):
+        source = write(SQUARE, FAULTY, SUM, PAIR).model_copy(update={"skip": 1, "limit": 1})
+        samples, rejects = read_all(source, "shapes")
+        assert [sample.id for sample in samples] == [SUM.id]
+        assert [reject.id for reject in rejects] == ["faulty"]
+
     def test_reading_twice_gives_the_same(self, write):
         source = write(SQUARE, FAULTY, PAIR)
         assert read_all(source, "shapes") == read_all(source, "shapes")

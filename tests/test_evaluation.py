@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from drawn import build_vlm, draw_samples
 
 from datalloy.config import Evaluate, Train
 from datalloy.errors import DataError, ModelError
 from datalloy.evaluation import answer_losses, evaluate
 from datalloy.sample import Turn
 from datalloy.training import train
+from drawn import build_vlm, draw_samples
 
 SETTINGS = Evaluate(batch_size=4, max_new_tokens=8, resamples=200)
 
@@ -87,7 +87,7 @@ def test_predictions_do_not_depend_on_the_batch_size(batch_size, vlm, samples):
 def test_evaluation_marks_each_prediction_against_its_own_reference(vlm, samples):
     evaluation = evaluate(vlm, samples, "exact_match", SETTINGS)
     marks = [p == r for p, r in zip(evaluation.predictions, evaluation.references, strict=True)]
-    assert 0 < sum(marks)
+    assert sum(marks) > 0
     assert evaluation.values_V.tolist() == marks
     assert evaluation.mean == pytest.approx(sum(marks) / len(marks))
     assert evaluation.references == tuple(sample.answer for sample in samples)

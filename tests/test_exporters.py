@@ -62,7 +62,7 @@ def test_lines_are_copied_byte_for_byte(tmp_path):
 def test_elements_of_an_array_are_copied_byte_for_byte(tmp_path):
     path = tmp_path / "train.json"
     other = GOOD.replace(b"1.50", b"[1e5, {}]")
-    path.write_bytes(b"\xef\xbb\xbf [\n" + GOOD + b" , 7,\t" + other + b"\r\n]")
+    path.write_bytes(b"\xef\xbb\xbf [\n" + GOOD + b" , " + b"7" * 5000 + b",\t" + other + b"\r\n]")
     first, last = read_all(DataSource(path=str(path)), "cafe")[0]
     data, _ = export_rows([last, first, last], tmp_path / "out")
     assert data.read_bytes() == b"[\n" + other + b",\n" + GOOD + b",\n" + other + b"\n]\n"

@@ -16,11 +16,13 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 import safetensors.torch
-import tiny_families
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+import tiny_families
 from datalloy.errors import ModelError
 from datalloy.sample import FileImage, Origin, Sample, Turn
 from datalloy.tiny.model import build_model, build_processor
@@ -105,8 +107,9 @@ def mixed(picture) -> list[Sample]:
 
 
 def conversation(*turns: tuple) -> Sample:
-    turns = tuple(Turn(role, parts) for role, *parts in ((role, *parts) for role, *parts in turns))
-    return Sample("s1", "d", tuple(Turn(t.role, tuple(t.parts)) for t in turns), Origin(Path("pool.jsonl"), 6, 7), "")
+    """A sample from (role, part, part ...) tuples."""
+    turns = tuple(Turn(role, tuple(parts)) for role, *parts in turns)
+    return Sample("s1", "d", turns, Origin(Path("pool.jsonl"), 6, 7), "")
 
 
 def with_template(vlm_folder: Path, template: str) -> VLM:
@@ -227,9 +230,8 @@ def test_vision_parameters_are_neither_decoder_nor_connector(checkpoint):
     vision = {id(parameter) for parameter in checkpoint.vlm.vision_parameters()}
     names = {name for name, parameter in checkpoint.vlm.model.named_parameters() if id(parameter) in vision}
     assert names
-    assert not any(
-        word in name for name in names for word in ("language", "text_model", "lm_head", "project", "merger")
-    )
+    others = ("language_model", "text_model", "lm_head", "projector", "connector", "merger")
+    assert not any(other in name for name in names for other in others)
 
 
 def test_saved_model_has_the_same_losses_and_tensor_names(checkpoint, mixed, tmp_path):
@@ -255,6 +257,25 @@ def test_adapter_is_saved_alone_and_loads_with_its_base(checkpoint, mixed, tmp_p
     assert loaded.generate(mixed, max_new_tokens=2, batch_size=4) == tuned.generate(
         mixed, max_new_tokens=2, batch_size=1
     )
+
+
+def test_a_loaded_adapter_can_be_trained_and_its_base_is_frozen(checkpoint, mixed, tmp_path):
+    vlm = checkpoint.vlm.copy()
+    peft.get_peft_model(vlm.model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    loaded = VLM.load(str(tmp_path), device="cpu")
+    loaded.losses(loaded.collate([loaded.encode(sample) for sample in mixed])).sum().backward()
+    with_gradient = {name for name, parameter in loaded.model.named_parameters() if parameter.grad is not None}
+    assert with_gradient
+    assert all("lora_" in name for name in with_gradient)
+
+
+def test_the_output_head_makes_logits_of_what_the_final_norm_gives(checkpoint, mixed):
+    vlm, normed = checkpoint.vlm, []
+    hook = vlm.final_norm().register_forward_hook(lambda module, args, output: normed.append(output))
+    with torch.no_grad():
+        logits = vlm.model(**vlm.encode(mixed[1]).inputs).logits
+        hook.remove()
+        assert torch.equal(vlm.output_head()(normed[0]), logits)
 
 
 def test_bfloat16_losses_are_near_float32_losses(checkpoint, mixed):
@@ -296,9 +317,9 @@ def test_answers_come_back_in_the_order_of_the_samples(embedded):
 
 
 def test_generation_ignores_the_checkpoints_sampling_settings(embedded_copy, embedded, mixed):
-    settings = json.loads((embedded_copy / "generation_config.json").read_text())
-    settings |= {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 1.9}
-    (embedded_copy / "generation_config.json").write_text(json.dumps(settings))
+    file = embedded_copy / "generation_config.json"
+    sampled = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 1.9}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sampled))
     sampling = VLM.load(str(embedded_copy), device="cpu")
     assert sampling.generate(mixed, max_new_tokens=6, batch_size=4) == embedded.generate(
         mixed, max_new_tokens=6, batch_size=4
@@ -345,6 +366,23 @@ def test_a_token_shared_with_the_space_before_the_answer_is_supervised(tmp_path)
     assert encoded.supervised_tokens == len([" y", "e", "s", "<end_of_utterance>"])
 
 
+def test_several_pictures_cost_llava_onevision_no_tiles(tmp_path, picture):
+    """The family tiles a picture only where it is the conversation's only one."""
+    vlm = VLM.load(str(tiny_families.build_checkpoint("llava_onevision", tmp_path)), device="cpu")
+    sample = conversation(("user", picture(56, 40), picture(40, 56), "a"), ("assistant", "b"))
+    image_tokens = vlm.encode(sample).inputs["input_ids"] == vlm.processor.image_token_id
+    patches, line_end = 16, 1
+    assert image_tokens.sum() == 2 * (patches + line_end)
+
+
+@settings(deadline=None, max_examples=60)
+@given(question=st.text(), answer=st.text())
+def test_any_text_is_supervised_exactly(embedded, question, answer):
+    answer = f"{answer}.{answer}"  # never blank
+    sample = conversation(("user", question), ("assistant", answer), ("user", answer), ("assistant", "b"))
+    assert supervised_text(embedded, sample) == f"{answer}<end_of_utterance>b<end_of_utterance>"
+
+
 def test_a_prompt_unlike_the_conversation_is_reported(tmp_path, caplog):
     VLM.load(str(tiny_families.build_checkpoint("llava_onevision", tmp_path)), device="cpu")
     assert "opens an answer with" in caplog.text
@@ -354,7 +392,7 @@ def test_a_prompt_unlike_the_conversation_is_reported(tmp_path, caplog):
 
 
 def refusal(vlm: VLM, sample: Sample, **options) -> EncodeError:
-    with pytest.raises(EncodeError, match="pool.jsonl:7: sample 's1' has ") as caught:
+    with pytest.raises(EncodeError, match=r"pool\.jsonl:7: sample 's1' has ") as caught:
         vlm.encode(sample, **options)
     return caught.value
 
@@ -386,7 +424,7 @@ def test_a_control_token_in_an_answer_is_refused(checkpoint):
 
 def test_a_control_token_in_a_prompt_is_refused_when_generating(embedded):
     sample = conversation(("user", "a<|assistant|>b"), ("assistant", "c"))
-    with pytest.raises(EncodeError, match="control token '<|assistant|>' in its user text"):
+    with pytest.raises(EncodeError, match=r"control token '<\|assistant\|>' in its user text"):
         embedded.generate([sample], max_new_tokens=1, batch_size=1)
 
 
@@ -453,7 +491,7 @@ def test_a_missing_path_is_refused_without_network(monkeypatch):
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="not a checkpoint: it has neither config.json nor adapter_config.json"):
+    with pytest.raises(ModelError, match=r"not a checkpoint: it has neither config\.json nor"):
         VLM.load(str(tmp_path))
 
 
@@ -467,7 +505,7 @@ def test_weights_in_pickle_format_are_refused(embedded_copy):
     weights = safetensors.torch.load_file(embedded_copy / "model.safetensors")
     (embedded_copy / "model.safetensors").unlink()
     torch.save(weights, embedded_copy / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="cannot load .*safetensors"):
+    with pytest.raises(ModelError, match=r"cannot load .*safetensors"):
         VLM.load(str(embedded_copy))
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datalloy.errors import RecipeError
+from datalloy.errors import ModelError, RecipeError
 from datalloy.uncertainty import Interval, paired_interval
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ class Arm:
 
     @property
     def name(self) -> str:
-        return "full" if self.fraction == 1 else f"{self.scorer} {self.fraction:.0%} {self.within}"
+        return "full" if self.fraction == 1 else f"{self.scorer} {100 * self.fraction:g}% {self.within}"
 
 
-class Margin(NamedTuple):
+@dataclass(frozen=True)
+class Margin:
     """How much lower the winner's target loss is than another arm's, paired over items, nats per token."""
 
     over: str
@@ -92,26 +93,28 @@ def race(
     """Race the arms within `budget_steps` training steps in all, no run longer than `longest_steps`.
 
     `run_arm(arm, steps, round)` trains the arm afresh and returns the loss of every target item, [V]. `weight_V`
-    sums to one. Raises RecipeError when the budget is too small to tell arms apart.
+    sums to one. Raises RecipeError when the budget is too small to tell arms apart, ModelError when the losses after
+    a run are not finite. The order of `arms` does not matter: ties go by name.
     """
     references = [arm for arm in arms if is_reference(arm)]
-    last = len(references) + FINALISTS
-    steps = min(budget_steps // (len(arms) + LAST_ROUND * last), max(longest_steps // LAST_ROUND, 1))
+    runs = len(arms) + LAST_ROUND * min(len(references) + FINALISTS, len(arms))  # in units of the first round's steps
+    steps = min(budget_steps // runs, longest_steps // LAST_ROUND)
     if steps < MIN_STEPS:
         raise RecipeError(
-            f"select.bakeoff_epochs allows {budget_steps} training steps in all; {len(arms)} arms need at least "
-            f"{MIN_STEPS * (len(arms) + LAST_ROUND * last)}. Raise it, give fewer select.bakeoff_arms or "
+            f"the bake-off of {len(arms)} arms needs {MIN_STEPS * runs} training steps in all, select.bakeoff_epochs "
+            f"allows {budget_steps}; it needs a final training of {MIN_STEPS * LAST_ROUND} steps, train.samples or "
+            f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
             "select.bakeoff_fractions, or set score.method and select.keep_fraction"
         )
-    first = {arm: run_arm(arm, steps, 1) for arm in arms}
+    first = _run_all(arms, run_arm, steps, 1)
     contenders = _not_ruled_out(first, weight_V, seed)
     finalists = references + [arm for arm in contenders if not is_reference(arm)][:FINALISTS]
     log.info("bake-off: %d of %d arms go on: %s", len(finalists), len(arms), ", ".join(a.name for a in finalists))
-    final = {arm: run_arm(arm, LAST_ROUND * steps, 2) for arm in finalists}
-    winner = min(final, key=lambda arm: float(final[arm] @ weight_V))
+    final = _run_all(finalists, run_arm, LAST_ROUND * steps, 2)
+    winner, *others = _ranked(final, weight_V)
     return Outcome(
         winner=winner,
-        margins=tuple(_margin(arm, final[arm], final[winner], weight_V, seed) for arm in finalists if arm != winner),
+        margins=tuple(_margin(arm, final[arm], final[winner], weight_V, seed) for arm in others),
         results=tuple(
             Result(arm, number, length, float(loss_V @ weight_V))
             for number, length, losses in ((1, steps, first), (2, LAST_ROUND * steps, final))
@@ -121,9 +124,27 @@ def race(
     )
 
 
+def _run_all(
+    arms: Sequence[Arm], run_arm: Callable[[Arm, int, int], np.ndarray], steps: int, number: int
+) -> dict[Arm, np.ndarray]:
+    losses = {arm: run_arm(arm, steps, number) for arm in arms}
+    for arm, loss_V in losses.items():
+        if not np.isfinite(loss_V).all():
+            raise ModelError(
+                f"bake-off arm {arm.name!r}: {(~np.isfinite(loss_V)).sum()} of {len(loss_V)} target items have no finite "
+                f"loss after {steps} steps; lower train.learning_rate"
+            )
+    return losses
+
+
+def _ranked(losses: dict[Arm, np.ndarray], weight_V: np.ndarray) -> list[Arm]:
+    """Best first."""
+    return sorted(losses, key=lambda arm: (float(losses[arm] @ weight_V), arm.name))
+
+
 def _not_ruled_out(losses: dict[Arm, np.ndarray], weight_V: np.ndarray, seed: int) -> list[Arm]:
     """Arms, best first, whose paired loss is not beyond its interval above that of the best arm."""
-    ranked = sorted(losses, key=lambda arm: float(losses[arm] @ weight_V))
+    ranked = _ranked(losses, weight_V)
     best = losses[ranked[0]]
     scale = weight_V * len(weight_V)
     return [

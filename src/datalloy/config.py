@@ -39,10 +39,11 @@ class Section(BaseModel):
 class DataSource(Section):
     """A dataset file: where it is and how to read it."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, relative to the recipe's folder.")
+    path: str = Field(description="JSONL, JSON or Parquet file, relative to data_root.")
     format: Format = Field("auto", description="How the file is laid out; auto looks at its first records.")
     media_root: str | None = Field(None, description="Folder that image paths start from; default: the file's folder.")
-    limit: Count | None = Field(None, description="Use only the first so many samples.")
+    skip: Annotated[int, Field(ge=0)] = Field(0, description="Pass over the first so many samples.")
+    limit: Count | None = Field(None, description="Use only so many samples.")
 
 
 class Domain(DataSource):
@@ -158,6 +159,7 @@ class Recipe(Section):
     name: Name
     base: str = Field(description="Model to be tuned: a folder, a hub id, or 'tiny' for the embedded model.")
     proxy: str | None = Field(None, description="Model that scores; default: base.")
+    data_root: str | None = Field(None, description="Folder that data paths start from; default: the recipe's folder.")
     domains: Annotated[dict[Name, Domain], Field(min_length=1)]
     targets: Annotated[dict[Name, Target], Field(min_length=1)]
     evaluation: dict[Name, Target] = Field(default_factory=dict, description="Held-out sets; never searched on.")
@@ -261,13 +263,14 @@ def resolve_recipe(data: dict, *, folder: Path, where: str) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps(data, default=str))
     except pydantic.ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, where) for problem in error.errors())) from None
-    updates: dict[str, Any] = {}
+    data_root = folder / Path(recipe.data_root).expanduser() if recipe.data_root else folder
+    updates: dict[str, Any] = {"data_root": str(data_root.absolute())}
     for section in ("domains", "targets", "evaluation"):
         updates[section] = {
             name: source.model_copy(
                 update={
-                    "path": _absolute(source.path, folder),
-                    "media_root": source.media_root and _absolute(source.media_root, folder),
+                    "path": _absolute(source.path, data_root),
+                    "media_root": source.media_root and _absolute(source.media_root, data_root),
                 }
             )
             for name, source in getattr(recipe, section).items()

@@ -58,7 +58,9 @@ def _stages(
     if set(methods) - set(scorers.BASELINES):
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
-        yield StageCost("probes", (min(recipe.score.probes, pool) + scanned) * used * forward, 8 * used * recipe.score.probes)
+        yield StageCost(
+            "probes", (min(recipe.score.probes, pool) + scanned) * used * forward, 8 * used * recipe.score.probes
+        )
     for method in dict.fromkeys(m if m not in scorers.BASELINES else "loss" for m in methods):
         flops = {
             "exact": pool * (step + used * forward),
@@ -68,9 +70,16 @@ def _stages(
             "first_order_hooks": pool * step,
             "loss": pool * forward,
         }[method]
-        yield StageCost(f"score {method}"[:12], flops, 150.0 * pool, "one epoch of the proxy is " + f"{pool * step:.1e}")
+        yield StageCost(
+            f"score {method}"[:12], flops, 150.0 * pool, "one epoch of the proxy is " + f"{pool * step:.1e}"
+        )
     if "auto" in (recipe.score.method, recipe.select.keep_fraction):
-        yield StageCost("bake-off", recipe.select.bakeoff_epochs * pool * step, 0, f"{recipe.select.bakeoff_epochs:g} epochs of the pool")
+        yield StageCost(
+            "bake-off",
+            recipe.select.bakeoff_epochs * pool * step,
+            0,
+            f"{recipe.select.bakeoff_epochs:g} epochs of the pool",
+        )
     seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
     factor = 4 if recipe.train.adapter == "lora" else 6
     yield StageCost("train", factor * base * tokens * seen, 4.0 * base, f"{seen / batch:.0f} steps of {batch}")

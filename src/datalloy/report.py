@@ -51,14 +51,19 @@ def write_report(folder: Path) -> Path:
         f"<h1>{_text(recipe.name)}</h1>",
         f'<p class="lead">{_recommendation(selection, len(scores))}</p>',
         _cost_note(folder),
-        _section("Did it help?", _metrics(status["metrics"]), "Intervals are bootstraps over items of one training run."),
+        _section(
+            "Did it help?", _metrics(status["metrics"]), "Intervals are bootstraps over items of one training run."
+        ),
         _section("How the choice was made", _bakeoff(selection.metadata.get("bakeoff"))),
         _section("What is kept, by domain", _by_domain(scores, selection)),
         _section("How far the scores can be trusted", _trust(scores.metadata)),
         _section("Most useful", _gallery(scores, selection, samples, best=True)),
         _section("Most harmful", _gallery(scores, selection, samples, best=False)),
         _section("Rejected", _rejected(status["counts"])),
-        _section("What to run next", f"<pre>datalloy export {_text(str(folder / 'config.yaml'))} --run {_text(str(folder))}</pre>"),
+        _section(
+            "What to run next",
+            f"<pre>datalloy export {_text(str(folder / 'config.yaml'))} --run {_text(str(folder))}</pre>",
+        ),
         _section("Provenance", _provenance(folder)),
     ]
     page = (
@@ -78,12 +83,18 @@ def _recommendation(selection: Selection, pool: int) -> str:
     arm, outcome = selection.metadata["arm"], selection.metadata.get("bakeoff")
     kept = int(selection.kept.sum())
     what = "the whole pool" if arm["scorer"] == "full" else f"{kept} of {pool} samples"
-    how = {"full": "", "random": ", drawn at random"}.get(arm["scorer"], f", ranked by {arm['scorer']} ({arm['within']})")
+    how = {"full": "", "random": ", drawn at random"}.get(
+        arm["scorer"], f", ranked by {arm['scorer']} ({arm['within']})"
+    )
     sentence = f"Train on {_text(what)}{_text(how)}."
     over_full = next((m for m in (outcome or {}).get("margins", []) if m["over"] == "full"), None)
     if over_full:
         low, high = over_full["interval"]
-        sure = "so this is measured, not hoped" if low > 0 else "which does not rule out that it is no better than keeping everything"
+        sure = (
+            "so this is measured, not hoped"
+            if low > 0
+            else "which does not rule out that it is no better than keeping everything"
+        )
         sentence += (
             f" In short runs at equal compute its target loss was {over_full['mean']:.3f} nats per token lower than with the "
             f"full pool (95 % interval {low:.3f} to {high:.3f}), {sure}."
@@ -148,7 +159,13 @@ def _trust(metadata: dict[str, Any]) -> str:
         f"Rounding moves a utility by {metadata['noise_floor']:.1e} nats.</p>"
     )
     rows = [
-        [name, f"{row['step']:.3g}", f"{row['negative_fraction']:.0%}", f"{row['median_utility']:.4f}", f"{row['half_agreement']:.2f}"]
+        [
+            name,
+            f"{row['step']:.3g}",
+            f"{row['negative_fraction']:.0%}",
+            f"{row['median_utility']:.4f}",
+            f"{row['half_agreement']:.2f}",
+        ]
         for name, scan in metadata["step_scans"].items()
         for row in scan["rows"]
     ]
@@ -165,7 +182,9 @@ def _gallery(scores: Scores, selection: Selection, samples: dict[tuple[str, str]
         key = (scores.domain[i], scores.id[i])
         sample = samples[key]
         kind = "good" if scores.utility[i] > 0 else "bad"
-        pictures = "".join(f'<img alt="picture of the sample" src="{_thumbnail(image)}">' for image in sample.images[:2])
+        pictures = "".join(
+            f'<img alt="picture of the sample" src="{_thumbnail(image)}">' for image in sample.images[:2]
+        )
         question = " ".join(turn.text for turn in sample.turns if turn.role == "user")
         cards.append(
             f'<div class="card">{pictures}<div>{_text(question[:300])}</div><div><b>{_text(sample.answer[:200])}</b></div>'
@@ -212,7 +231,9 @@ def _section(title: str, content: str, note: str = "") -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
     kind = [' class="n"' if i in numeric else "" for i in range(len(head))]
     top = "".join(f"<th{kind[i]}>{_text(cell)}</th>" for i, cell in enumerate(head))
-    body = "".join("<tr>" + "".join(f"<td{kind[i]}>{_text(c)}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind[i]}>{_text(c)}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -76,6 +76,7 @@ def fingerprint_parts(recipe: config.Recipe) -> dict[str, Any]:
     for dotted in NOT_IN_FINGERPRINT:
         section, key = dotted.split(".")
         del resolved[section][key]
+    del resolved["data_root"]  # where data lie changes nothing; what is in the files is hashed below
     inputs = {}
     for section in ("domains", "targets", "evaluation"):
         for name, source in resolved[section].items():

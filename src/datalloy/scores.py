@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,6 @@ import pyarrow.parquet as pq
 
 from datalloy.errors import DataError
 from datalloy.run import write_atomically
-
-if TYPE_CHECKING:  # scorers import torch, and this module must not
-    from datalloy.scorers.one_step import ScoreBlock
 
 SCHEMA_VERSION = 1
 SIGN = "utility = loss before - loss after; positive helps"
@@ -53,9 +50,9 @@ _CONTRIBUTIONS = pa.field("contributions", pa.list_(pa.float64()))
 class Scores:
     """The utilities of a pool. N rows; all arrays are [N], in row order; a missing number is NaN in them.
 
-    `metadata` is plain JSON data about how the scores were made. Two of its keys have a meaning here: `method`, the
-    scorer's name, and `signed`, true where a negative utility means harm (one-step utilities) and false where only
-    the order means something (random, loss, length). Usual further ones: step, step_rule, agreement, noise_floor.
+    `metadata` is plain JSON data about how the scores were made. Two keys are required: `method`, the scorer's name,
+    and `signed`, true where a negative utility means harm (one-step utilities) and false where only the order means
+    something (random, loss, length). Usual further ones: step, step_rule, agreement, noise_floor.
 
     Raises DataError when a row contradicts itself: state ok without a finite utility or the reverse, an infinite
     number, a negative length, a sample given twice.
@@ -114,54 +111,16 @@ class Scores:
         return cls(table, dict(metadata))
 
     @classmethod
-    def from_block(
-        cls,
-        *,
-        ids: Sequence[str],
-        domains: Sequence[str],
-        supervised_tokens: Sequence[int],
-        length_tokens: Sequence[int],
-        block: "ScoreBlock",
-        targets: Sequence[str],
-        contributions: bool = False,
-    ) -> "Scores":
-        """Scores of the samples of one block, without metadata; a row whose numbers are not finite is `nonfinite`."""
-        is_ok_N = block.finite_N & ~np.isinf(block.error_N)
-        fall_NV = None
-        if contributions:
-            if block.fall_NV is None:
-                raise DataError(
-                    "this scorer does not measure every target item, so it has no contributions; "
-                    "set score.contributions: false, or score.method to exact or tail"
-                )
-            fall_NV = [fall_V if is_ok else None for fall_V, is_ok in zip(block.fall_NV, is_ok_N, strict=True)]
-        return cls.from_columns(
-            id=ids,
-            domain=domains,
-            supervised_tokens=supervised_tokens,
-            length_tokens=length_tokens,
-            loss=np.where(is_ok_N, block.loss_N, np.nan),
-            utility=np.where(is_ok_N, block.utility_N, np.nan),
-            utility_by_target={
-                target: np.where(is_ok_N, utility_N, np.nan)
-                for target, utility_N in zip(targets, block.utility_NG.T, strict=True)
-            },
-            utility_se=np.where(is_ok_N, block.error_N, np.nan),
-            state=np.where(is_ok_N, "ok", "nonfinite"),
-            contributions=fall_NV,
-            metadata={},
-        )
-
-    @classmethod
     def concat(cls, parts: "Sequence[Scores]") -> "Scores":
-        """One table of several, in order. All parts must come from the same scorer: equal metadata and targets."""
+        """One table of several, in order. All parts must come from the same scorer: equal metadata and columns."""
         if not parts:
             raise DataError("no scores to join: the list of parts is empty")
         for part in parts[1:]:
-            if part.metadata != parts[0].metadata or part.targets != parts[0].targets:
+            if part.metadata != parts[0].metadata or part.table.schema != parts[0].table.schema:
                 raise DataError(
                     "scores of different origin cannot be joined: "
-                    f"{parts[0].metadata}, targets {parts[0].targets} and {part.metadata}, targets {part.targets}; "
+                    f"{parts[0].metadata} with {parts[0].table.column_names} and "
+                    f"{part.metadata} with {part.table.column_names}; "
                     "score the whole pool with one setting"
                 )
         return cls(pa.concat_tables([part.table for part in parts]), parts[0].metadata)
@@ -176,10 +135,6 @@ class Scores:
     def write(self, path: Path) -> None:
         """Write Parquet at `path`, rows sorted by domain and id; the file appears complete or not at all."""
         write_table(path, self.table, kind="scores", version=SCHEMA_VERSION, metadata={**self.metadata, "sign": SIGN})
-
-    def with_metadata(self, metadata: Mapping[str, Any]) -> "Scores":
-        """The same rows with other metadata."""
-        return Scores(self.table, dict(metadata))
 
     def with_utility(self, utility_N: np.ndarray, metadata: Mapping[str, Any]) -> "Scores":
         """The same samples ranked by another scorer that knows no targets and no errors: a baseline."""
@@ -249,12 +204,7 @@ class Scores:
 
     @property
     def is_signed(self) -> bool:
-        """Whether a negative utility means harm. Raises DataError when the metadata do not say."""
-        if "signed" not in self.metadata:
-            raise DataError(
-                f"the scores' metadata are {self.metadata}; they must say whether the utilities are `signed` "
-                "(true where negative means harm, false where only the order counts)"
-            )
+        """Whether a negative utility means harm."""
         return self.metadata["signed"]
 
     @property
@@ -265,9 +215,10 @@ class Scores:
         """
         if "contributions" not in self.table.column_names:
             return None
-        rows = self.table["contributions"].to_pylist()
-        width = max((len(row) for row in rows if row is not None), default=0)
-        return np.array([[np.nan] * width if row is None else row for row in rows])
+        values = self.table["contributions"].combine_chunks().flatten().to_numpy()
+        contribution_NV = np.full((len(self), len(values) // max(int(self.is_ok.sum()), 1)), np.nan)
+        contribution_NV[self.is_ok] = values.reshape(-1, contribution_NV.shape[1])
+        return contribution_NV
 
 
 def _targets(table: pa.Table) -> tuple[str, ...]:
@@ -292,6 +243,11 @@ def _check_schema(table: pa.Table) -> None:
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    if not isinstance(metadata.get("method"), str) or not isinstance(metadata.get("signed"), bool):
+        raise DataError(
+            f"metadata of scores is {dict(metadata)}; it must name the `method` "
+            "and say whether the utilities are `signed` (true where negative means harm)"
+        )
     try:
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -315,6 +271,11 @@ def _check_rows(scores: Scores) -> None:
         _refuse_rows(scores, is_ok_N & np.isnan(utility_N), f"state ok but no finite {name}")
         _refuse_rows(scores, ~is_ok_N & ~np.isnan(utility_N), f"a {name} but a state other than ok")
     _refuse_rows(scores, scores.utility_se < 0, "a negative utility_se")
+    if "contributions" in scores.table.column_names:
+        items_N = pc.fill_null(pc.list_value_length(scores.table["contributions"]), 0).to_numpy()
+        _refuse_rows(
+            scores, items_N != np.where(is_ok_N, items_N.max(initial=0), 0), "not one contribution a target item"
+        )
     keys = scores.table.group_by(["domain", "id"]).aggregate([([], "count_all")])
     if keys.num_rows < len(scores):
         twice = keys.filter(pc.greater(keys["count_all"], 1)).to_pylist()[0]
@@ -335,14 +296,8 @@ def _refuse_rows(scores: Scores, is_bad_N: np.ndarray, what: str) -> None:
 
 def write_table(path: Path, table: pa.Table, *, kind: str, version: int, metadata: Mapping[str, Any]) -> None:
     """Write a table with `domain` and `id` as Parquet: sorted, zstd, page checksums, complete or not at all."""
-    columns = [str(field) for field in table.schema]
-    about = {
-        "kind": kind,
-        "schema_version": version,
-        "rows": len(table),
-        "columns": columns,
-        "metadata": dict(metadata),
-    }
+    about = {"kind": kind, "schema_version": version, "metadata": dict(metadata)}
+    about |= {"rows": len(table), "columns": table.column_names}
     text = json.dumps(about, sort_keys=True, allow_nan=False)
     footer = {"datalloy": text, "datalloy.sha256": hashlib.sha256(text.encode()).hexdigest()}
     rows = table.sort_by([("domain", "ascending"), ("id", "ascending")]).replace_schema_metadata(footer)
@@ -378,6 +333,6 @@ def read_table(path: Path, *, kind: str, version: int) -> tuple[pa.Table, dict[s
             "make them again"
         )
     table = table.replace_schema_metadata(None)
-    if (about["rows"], about["columns"]) != (len(table), [str(field) for field in table.schema]):
+    if (about["rows"], about["columns"]) != (len(table), table.column_names):
         raise DataError(f"{path} is damaged: its columns or rows are not those written; delete it and make it again")
     return table, about["metadata"]

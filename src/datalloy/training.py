@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from datalloy.vlm import VLM, Encoded
 log = logging.getLogger(__name__)
 
 MAX_GRADIENT_NORM = 1.0  # of the Trainer and of every trainer that recipes are exported to
+IDENTITY_SAMPLES = 64  # whose tokens a checkpoint is recognised by; all would have to be encoded for that alone
 CHECKPOINT_SECONDS = 300.0  # the most work that a kill can cost; shorter runs keep no checkpoint
 NOT_IN_IDENTITY = {"micro_batch_size", "gradient_checkpointing", "report_to"}  # change no result beyond rounding
 
@@ -67,6 +68,7 @@ class Attempt:
     """How far training has come, over all attempts at it: what a checkpoint holds besides tensors."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
     seconds: float = 0.0
 
     @property
@@ -83,6 +85,8 @@ def train(
     has one already goes on with it); `vlm.model` is the PEFT model afterwards. With `adapter: none` all weights are
     trained, except the vision tower's under `freeze_vision`. With `out` None nothing is written: for measuring runs.
 
+    `encoded` may encode lazily: a sample is asked for when its step comes, and not held on to.
+
     A run that was killed goes on from its checkpoint in `out` and ends in the same bits. Give it the model as it was
     before the first attempt. Trackers then see the steps of the last attempt only. The global random generators are
     seeded along the way.
@@ -95,25 +99,32 @@ def train(
     steps = step_count(len(encoded), settings) if steps is None else steps
     order = sample_order(len(encoded), steps * settings.batch_size, settings.seed)
     parameters = prepare_parameters(vlm, settings)
+    flops_per_token = training_flops(vlm, 1)
     optimizer = _make_optimizer(parameters, settings)
-    checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", parameters, optimizer) if out else None
-    attempt = Attempt()
-    if checkpoint and checkpoint.path.exists():
-        attempt = checkpoint.restore(_identity(vlm, encoded, settings, steps))
-        log.info("training goes on from step %d of %d: %s", attempt.steps, steps, checkpoint.path)
-    save = (lambda: checkpoint.save(attempt, _identity(vlm, encoded, settings, steps))) if checkpoint else None
+    attempt, checkpoint = Attempt(), None
+    if out:
+        identity = _identity(vlm, [encoded[i] for i in order[:IDENTITY_SAMPLES]], len(encoded), settings, steps)
+        checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", identity, parameters, optimizer)
+        if checkpoint.path.exists():
+            attempt = checkpoint.restore()
+            log.info("training goes on from step %d of %d: %s", attempt.steps, steps, checkpoint.path)
     try:
         if attempt.steps < steps:
             batches_left = order.reshape(steps, settings.batch_size)[attempt.steps :]
-            _run_trainer(vlm, encoded, batches_left, optimizer, settings, attempt, save, out)
+            _run_trainer(vlm, encoded, batches_left, optimizer, settings, attempt, checkpoint, out)
     finally:
         _leave_training(vlm, settings)
     if out:
         vlm.save(out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    tokens = sum(encoded[i].length for i in order)
-    flops = training_flops(vlm, tokens)
-    return Trained(steps, len(order), tokens, attempt.seconds, flops, tuple(attempt.losses))
+    return Trained(
+        steps=steps,
+        samples_seen=len(order),
+        tokens_seen=attempt.tokens,
+        seconds=attempt.seconds,
+        flops=flops_per_token * attempt.tokens,
+        losses=tuple(attempt.losses),
+    )
 
 
 def step_count(samples: int, settings: Train) -> int:
@@ -226,8 +237,11 @@ class _StepLoss(torch.nn.Module):
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss is scaled for gradient accumulation already
 
-    def __init__(self, vlm: VLM, settings: Train) -> None:
+    def __init__(self, vlm: VLM, settings: Train, tokens: int) -> None:
         super().__init__()
+        self.tokens: Tensor | int = (
+            tokens  # seen so far; left on the device, where reading it would hold up the next step
+        )
         self.model = vlm.model
         self.losses = vlm.losses
         self.batch_size = settings.batch_size
@@ -235,6 +249,7 @@ class _StepLoss(torch.nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         batch.pop("num_items_in_batch", None)  # the Trainer counts tokens; here every sample counts once
+        self.tokens = self.tokens + batch["attention_mask"].sum()
         with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=self.autocast):
             return {"loss": self.losses(batch).sum() / self.batch_size}
 
@@ -242,10 +257,10 @@ class _StepLoss(torch.nn.Module):
 class _Follower(transformers.TrainerCallback):
     """Follows the Trainer step by step: seeds the step, notes and checks its loss, shows progress, saves in time."""
 
-    def __init__(self, attempt: Attempt, steps_left: int, seed: int, save: Callable[[], None] | None) -> None:
+    def __init__(self, attempt: Attempt, steps_left: int, seed: int, checkpoint: "_Checkpoint | None") -> None:
         self.attempt = attempt
         self.seed = seed
-        self.save = save
+        self.checkpoint = checkpoint
         self.ticks = track(range(steps_left), "training", steps_left)
         self.noted = self.saved = time.monotonic()
         next(self.ticks)
@@ -265,11 +280,12 @@ class _Follower(transformers.TrainerCallback):
             )
         now = time.monotonic()
         self.attempt.losses.append(loss)
+        self.attempt.tokens = int(kwargs["model"].tokens)
         self.attempt.seconds += now - self.noted
         self.noted = now
         next(self.ticks, None)
-        if self.save and now - self.saved >= CHECKPOINT_SECONDS:
-            self.save()
+        if self.checkpoint and now - self.saved >= CHECKPOINT_SECONDS:
+            self.checkpoint.save(self.attempt)
             self.saved = time.monotonic()
 
 
@@ -280,13 +296,13 @@ def _run_trainer(
     optimizer: torch.optim.Optimizer,
     settings: Train,
     attempt: Attempt,
-    save: Callable[[], None] | None,
+    checkpoint: "_Checkpoint | None",
     out: Path | None,
 ) -> None:
     """Take the steps that are left, one for each row of `batches`, [steps, batch_size] indices."""
     start, steps = attempt.steps, attempt.steps + len(batches)
     micro = settings.micro_batch_size or settings.batch_size
-    micro_batches = [part for batch in batches for part in _split([encoded[i] for i in batch], micro)]
+    micro_batches = [batch[part : part + micro] for batch in batches for part in range(0, settings.batch_size, micro)]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(start + step, steps, settings.warmup_ratio)
     )
@@ -294,21 +310,15 @@ def _run_trainer(
         vlm.base_model.activation_checkpointing_enable({"use_reentrant": False})
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = transformers.Trainer(
-            model=_StepLoss(vlm, settings),
+            model=_StepLoss(vlm, settings, attempt.tokens),
             args=_training_arguments(vlm, settings, math.ceil(settings.batch_size / micro), out or Path(nowhere)),
             train_dataset=micro_batches,
-            data_collator=lambda items: vlm.collate(items[0]),
+            data_collator=lambda items: vlm.collate([encoded[i] for i in items[0]]),
             optimizers=(optimizer, schedule),
-            callbacks=[_Follower(attempt, len(batches), settings.seed, save)],
+            callbacks=[_Follower(attempt, len(batches), settings.seed, checkpoint)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-
-
-def _split(batch: list[Encoded], size: int) -> list[list[Encoded]]:
-    """Micro-batches of samples of like length, which are padded least."""
-    batch = sorted(batch, key=lambda item: item.length)
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def _training_arguments(vlm: VLM, settings: Train, accumulation: int, out: Path) -> transformers.TrainingArguments:
@@ -348,14 +358,15 @@ class _Checkpoint:
     """Everything that a later attempt needs, in one safetensors file."""
 
     path: Path
+    identity: str  # of the training that is asked for now
     parameters: Sequence[Parameter]
     optimizer: torch.optim.Optimizer
 
-    def save(self, attempt: Attempt, identity: str) -> None:
+    def save(self, attempt: Attempt) -> None:
         tensors = {f"parameter.{i}": parameter.detach().contiguous() for i, parameter in enumerate(self.parameters)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor.contiguous() for name, tensor in state.items()}
-        metadata = {"identity": identity, "attempt": json.dumps(dataclasses.asdict(attempt))}
+        metadata = {"identity": self.identity, "attempt": json.dumps(dataclasses.asdict(attempt))}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         safetensors.torch.save_file(tensors, temporary, metadata)
@@ -364,15 +375,15 @@ class _Checkpoint:
         temporary.replace(self.path)
         sync_folder(self.path.parent)
 
-    def restore(self, identity: str) -> Attempt:
-        """Put weights and optimiser state back; `identity` is of the training that is asked for now."""
+    def restore(self) -> Attempt:
+        """Put weights and optimiser state back where the last attempt left them. Raises RunError."""
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except safetensors.SafetensorError as error:
             raise RunError(f"{self.path} is damaged ({error}); delete it to train from the start") from error
-        if metadata["identity"] != identity:
+        if metadata["identity"] != self.identity:
             raise RunError(
                 f"{self.path} belongs to a training with other settings, samples or model; "
                 "delete it to train from the start, or give another folder"
@@ -388,11 +399,11 @@ class _Checkpoint:
         return Attempt(**json.loads(metadata["attempt"]))
 
 
-def _identity(vlm: VLM, encoded: Sequence[Encoded], settings: Train, steps: int) -> str:
-    """Hash of what makes two trainings the same: settings, steps, model name and the tokens of all samples."""
-    described = [settings.model_dump(mode="json", exclude=NOT_IN_IDENTITY), steps, vlm.name]
+def _identity(vlm: VLM, first: Sequence[Encoded], samples: int, settings: Train, steps: int) -> str:
+    """Hash of what makes two trainings the same: settings, steps, model name, tokens of the first samples seen."""
+    described = [settings.model_dump(mode="json", exclude=NOT_IN_IDENTITY), steps, vlm.name, samples]
     digest = hashlib.sha256(json.dumps(described).encode())
-    for item in encoded:
+    for item in first:
         digest.update(item.inputs["input_ids"].numpy().tobytes())
         digest.update(item.labels.numpy().tobytes())
     return digest.hexdigest()

@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -59,15 +59,12 @@ PROCESSOR_FILES = (
     "merges.txt",
 )
 
-SETTINGS_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a hub repository: all but the weights
+# Of a hub repository: all but a model's weights, which from_pretrained picks by itself.
+SETTINGS_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "adapter_model.safetensors"]
 
 # SmolVLM's class asks for num2words and for its video processor even when there is no video. For pictures it does
 # what Idefics3's class does.
 IMAGE_TWIN = {"SmolVLMProcessor": "Idefics3Processor"}
-
-# Families whose pixel tensor has one row a sample, which is all zeros where the sample has no picture. In the others
-# a row is a picture, a tile or a patch, and a sample without pictures adds none.
-ROW_PER_SAMPLE = frozenset({"idefics2", "idefics3", "smolvlm"})
 
 # Generation's own defaults, spelt out: what is left open is filled in from the checkpoint's generation_config
 # (Qwen2.5-VL brings a repetition penalty), and the answer is not the greedy one any more.
@@ -136,15 +133,18 @@ class ChatFormat:
     control_tokens: dict[int, str]  # the tokenizer's special tokens by id
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class VLM:
-    """A vision-language model with its processor. `name` is the path or hub id it was asked for by."""
+    """A vision-language model with its processor. `name` is the path or hub id it was asked for by.
 
-    model: Any  # PreTrainedModel, or PeftModel around one
-    processor: Any
+    `model` is replaced in place when training puts an adapter around it.
+    """
+
+    model: Any = field(repr=False)  # PreTrainedModel, or PeftModel around one
+    processor: Any = field(repr=False)
     name: str
     folder: Path  # where the processor's files are
-    chat: ChatFormat
+    chat: ChatFormat = field(repr=False)
 
     @classmethod
     def load(cls, path: str, *, device: str = "auto", dtype: str = "float32") -> "VLM":
@@ -241,6 +241,14 @@ class VLM:
         """The layers of the language model, first to last."""
         return self.base_model.get_decoder().layers
 
+    def final_norm(self) -> torch.nn.Module:
+        """The normalisation between the last decoder layer and the output head."""
+        return self.base_model.get_decoder().norm
+
+    def output_head(self) -> torch.nn.Module:
+        """The layer that turns normed hidden states into logits."""
+        return self.base_model.get_output_embeddings()
+
     def vision_parameters(self) -> Iterator[torch.nn.Parameter]:
         """The parameters of the vision tower, without the connector to the language model."""
         tower = self.base_model.get_encoder(modality="image")
@@ -336,17 +344,18 @@ class VLM:
         return self._process(sample, self._render(sample, sample.prompt, prompt=True), images)[0]
 
     def _pad(self, items: Sequence[dict[str, Tensor]], *, side: Literal["left", "right"]) -> dict[str, Tensor]:
+        """One batch on the device: tensors over tokens padded, those over images joined, in the order of the items.
+
+        A sample without images adds no image rows, not even in Idefics3, whose image tensors have a row a sample:
+        the model takes the real images out of them and lays them onto the image tokens one after another.
+        """
         batch = {}
         for name in dict.fromkeys(name for item in items for name in item):
-            having = [item for item in items if name in item]
-            if having[0][name].shape == having[0]["input_ids"].shape:
-                value = self._pad_id() if name == "input_ids" else 0
-                batch[name] = _pad_tokens([item[name] for item in items], value, side=side)
-            elif self.base_model.config.model_type in ROW_PER_SAMPLE:
-                absent = torch.zeros_like(having[0][name])
-                batch[name] = _pad_and_concatenate([item.get(name, absent) for item in items])
+            tensors = [item[name] for item in items if name in item]
+            if tensors[0].shape == items[0]["input_ids"].shape:
+                batch[name] = _pad_tokens(tensors, self._pad_id() if name == "input_ids" else 0, side=side)
             else:
-                batch[name] = _pad_and_concatenate([item[name] for item in having])
+                batch[name] = _pad_and_concatenate(tensors)
         dtype = self.base_model.dtype
         return {name: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for name, t in batch.items()}
 

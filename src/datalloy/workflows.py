@@ -11,6 +11,7 @@ training step on it does to the targets, keep the useful part, throw out the tox
 decided by small measured runs, not by the score alone (DESIGN 2.1, "from score to decision").
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,9 @@ from typing import Any
 import numpy as np
 
 from datalloy import bakeoff, config, leakage, readers, scorers
-from datalloy.config import Recipe
 from datalloy.encoding import EncodedSamples
 from datalloy.errors import DataError, LeakageError
-from datalloy.evaluation import Evaluation, answer_losses, evaluate
+from datalloy.evaluation import Evaluation, evaluate
 from datalloy.exporters import export_rows
 from datalloy.progress import track
 from datalloy.readers import Reject
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 SHARD = 128  # samples in one unit of scoring: what a kill can cost at most
 MIN_TARGET_ITEMS = 8
-EVERYTHING = ("check", "score", "select", "train", "evaluate", "export")
 
 
 class Workflow:
@@ -113,7 +112,6 @@ class Workflow:
         for name, source in sources.items():
             groups[name], bad = readers.read_all(source, name)
             rejects += bad
-            log.info("read %s: %d samples, %d rejected (%s)", name, len(groups[name]), len(bad), source.path)
         return groups, rejects
 
     def _unusable(self, samples: Sequence[Sample]) -> list[Reject]:
@@ -131,7 +129,10 @@ class Workflow:
         self, pool: dict[str, list[Sample]], targets: dict[str, list[Sample]], evaluation: dict[str, list[Sample]]
     ) -> list[Reject]:
         samples = [s for group in pool.values() for s in group]
-        guarded = {**{f"targets.{k}": v for k, v in targets.items()}, **{f"evaluation.{k}": v for k, v in evaluation.items()}}
+        guarded = {
+            **{f"targets.{k}": v for k, v in targets.items()},
+            **{f"evaluation.{k}": v for k, v in evaluation.items()},
+        }
         leaks = leakage.find_leaks(samples, guarded, image_distance=self.recipe.leakage.image_distance)
         if not leaks:
             return []
@@ -146,7 +147,9 @@ class Workflow:
             return []
         found = {(leak.pool_domain, leak.pool_id): leak for leak in leaks}
         return [
-            Reject(s.origin.path, s.origin.row, s.origin.line, s.id, "leak", f"also in {found[s.domain, s.id].set_name}")
+            Reject(
+                s.origin.path, s.origin.row, s.origin.line, s.id, "leak", f"also in {found[s.domain, s.id].set_name}"
+            )
             for s in samples
             if (s.domain, s.id) in found
         ]
@@ -174,7 +177,9 @@ class Workflow:
             for name, source in getattr(self.recipe, section).items():
                 kept, bad = counts[section][name], counts["rejected_by_file"].get(str(Path(source.path)), 0)
                 if kept == 0:
-                    raise DataError(f"{section}.{name} ({source.path}) has no usable sample; see {self.run.path('rejected.jsonl')}")
+                    raise DataError(
+                        f"{section}.{name} ({source.path}) has no usable sample; see {self.run.path('rejected.jsonl')}"
+                    )
                 if bad > allowed * (kept + bad):
                     raise DataError(
                         f"{section}.{name} ({source.path}): {bad} of {kept + bad} records were rejected, max_rejected_fraction is "
@@ -235,7 +240,9 @@ class Workflow:
             # a few steps even where 5 % of the pool is less than a batch
             steps = max(4, round(len(chosen) / settings.batch_size))
             trained = train(self._proxy_base.copy(), self._encoded_pool.pick(chosen), settings, folder, steps=steps)
-            self.run.commit("proxy", [folder], {"samples": len(chosen), "steps": trained.steps, "seconds": trained.seconds})
+            self.run.commit(
+                "proxy", [folder], {"samples": len(chosen), "steps": trained.steps, "seconds": trained.seconds}
+            )
         return VLM.load(str(folder), device=self.recipe.device)
 
     def _short_run(self, **changes: Any) -> config.Train:
@@ -245,7 +252,7 @@ class Workflow:
     def _random_order(self, purpose: str) -> list[int]:
         """Indices of the pool in an order drawn from the seed and each sample's content."""
         keys = [f"{purpose} {s.content_hash}" for s in self.pool]
-        draw_N = scorers.BASELINES["random"](np.empty(0), np.empty(0), keys, self.recipe.score.seed)
+        draw_N = scorers.BASELINES["random"](scorers.Seen(np.empty(0), np.empty(0), keys, self.recipe.score.seed))
         return [int(i) for i in np.argsort(draw_N, kind="stable")]
 
     # --- score: samples in, utilities out ----------------------------------------------------------------------
@@ -279,10 +286,10 @@ class Workflow:
             unit, path = f"scores/{method}/{number:05d}", self.run.path(f"scores/{method}/{number:05d}.parquet")
             if self.run.finished(unit) is None:
                 scorer = scorer or self._scorer(method)
-                self._score_rows(scorer, shard).write(path)
+                self._score_rows(scorer, shard, method).write(path)
                 self.run.commit(unit, [path])
         parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
-        table = Scores.concat(parts).with_metadata(self._score_metadata(method))
+        table = replace(Scores.concat(parts), metadata=self._score_metadata(method))
         table.write(target)
         self.run.commit(f"scores/{method}", [target])
         return table
@@ -291,17 +298,21 @@ class Workflow:
         probing = self._probing if method != "loss" else None
         return scorers.prepare(method, self._scoring_inputs, probing, self._encoded_probes)
 
-    def _score_rows(self, scorer: scorers.Scorer, shard: range) -> Scores:
+    def _score_rows(self, scorer: scorers.Scorer, shard: range, method: str) -> Scores:
         samples, encoded = [self.pool[i] for i in shard], [self._encoded_pool[i] for i in shard]
         block = scorer.score(encoded)
-        return Scores.from_block(
-            ids=[s.id for s in samples],
-            domains=[s.domain for s in samples],
+        utility_NG = np.where(block.finite_N[:, None], block.utility_NG, np.nan)
+        return Scores.from_columns(
+            id=[s.id for s in samples],
+            domain=[s.domain for s in samples],
             supervised_tokens=[e.supervised_tokens for e in encoded],
             length_tokens=[e.length for e in encoded],
-            block=block,
-            targets=list(self.targets),
-            contributions=self.recipe.score.contributions,
+            loss=np.where(block.finite_N, block.loss_N, np.nan),
+            utility=np.where(block.finite_N, block.utility_N, np.nan),
+            utility_by_target=dict(zip(self.targets, utility_NG.T, strict=True)),
+            utility_se=np.where(block.finite_N, block.error_N, np.nan),
+            state=np.where(block.finite_N, "ok", "nonfinite"),
+            metadata={"method": method, "signed": scorer.signed},
         )
 
     @cached_property
@@ -393,8 +404,9 @@ class Workflow:
         table = self.score()
         keys = {(s.domain, s.id): s.content_hash for s in self.pool}
         rows = [keys[row] for row in zip(table.domain, table.id, strict=True)]
-        utility_N = scorers.BASELINES[scorer](table.loss, table.supervised_tokens, rows, self.recipe.select.seed)
-        return table.with_utility(utility_N, {"method": scorer, "signed": False})
+        seen = scorers.Seen(table.loss, table.supervised_tokens, rows, self.recipe.select.seed)
+        utility_N = scorers.BASELINES[scorer](seen)
+        return table.with_utility(np.where(table.is_ok, utility_N, np.nan), {"method": scorer, "signed": False})
 
     def _chosen_arm(self) -> tuple[bakeoff.Arm, dict[str, Any] | None]:
         score, settings = self.recipe.score, self.recipe.select
@@ -425,7 +437,13 @@ class Workflow:
         if (done := self.run.finished(unit)) is None:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
             vlm = self._proxy_base.copy()
-            train(vlm, self._encoded_pool.pick(self._kept_indices(self.selection_of(arm))), self._short_run(), None, steps=steps)
+            train(
+                vlm,
+                self._encoded_pool.pick(self._kept_indices(self.selection_of(arm))),
+                self._short_run(),
+                None,
+                steps=steps,
+            )
             done = self.run.commit(unit, [], {"steps": steps, "losses": items.losses(vlm).tolist()})
         return np.array(done["losses"])
 
@@ -470,7 +488,9 @@ class Workflow:
         self.train()
         metrics = {
             "base": self._evaluate_model("base", lambda: self._base),
-            "model": self._evaluate_model("model", lambda: VLM.load(str(self.run.path("model")), device=self.recipe.device)),
+            "model": self._evaluate_model(
+                "model", lambda: VLM.load(str(self.run.path("model")), device=self.recipe.device)
+            ),
         }
         write_json(self.run.path("metrics.json"), metrics)
         return metrics
@@ -483,12 +503,13 @@ class Workflow:
             sets = {**self.recipe.targets, **self.recipe.evaluation}
             samples = {**self.targets, **self.evaluation}
             results = {
-                key: asdict_evaluation(evaluate(vlm, samples[key], target.metric, self.recipe.evaluate))
+                key: _as_data(evaluate(vlm, samples[key], target.metric, self.recipe.evaluate))
                 for key, target in sets.items()
             }
             write_json(path, results)
             self.run.commit(f"evaluation/{name}", [path])
-        return {key: {k: v for k, v in row.items() if k in ("metric", "mean", "interval", "items")} for key, row in json.loads(path.read_text()).items()}
+        headline = ("metric", "mean", "interval", "items")
+        return {key: {field: row[field] for field in headline} for key, row in json.loads(path.read_text()).items()}
 
     # --- export: kept ids in, training files out ---------------------------------------------------------------
 
@@ -497,7 +518,8 @@ class Workflow:
         folder = self.run.path("export")
         if self.run.finished("export") is None:
             kept = [self.pool[i] for i in self._kept_indices(self.select())]
-            files = export_rows(kept, folder)
+            roots = {name: domain.media_root for name, domain in self.recipe.domains.items()}
+            files = export_rows(kept, folder, media_roots=roots)
             self.run.commit("export", files, {"samples": len(kept)})
         return folder
 
@@ -532,3 +554,16 @@ class Workflow:
         }
         write_json(self.run.path("status.json"), status)
         return status
+
+
+def _as_data(result: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain data: the headline, and every item's value and answer."""
+    data = asdict(result)
+    values = data.pop("values_V").tolist()
+    return {**data, "values": values, "items": len(values)}
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """One hash over the content of all samples, whatever their order."""
+    keys = sorted(f"{s.domain} {s.id} {s.content_hash}" for s in samples)
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()

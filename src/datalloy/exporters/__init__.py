@@ -133,7 +133,7 @@ def _write_array(source: Path, rows: Sequence[int], file: BinaryIO) -> None:
 
 def _array_elements(text: str) -> Iterator[str]:
     """The text of each element of an array that a reader has accepted."""
-    decoder = json.JSONDecoder(parse_int=str)
+    decoder = json.JSONDecoder(parse_int=str)  # rejected elements are passed by, endless integers among them
     position = _skip(text, text.index("[") + 1)
     while text[position] != "]":
         end = decoder.raw_decode(text, position)[1]

@@ -51,6 +51,8 @@ class Reject:
 def read(source: DataSource, domain: str) -> Iterator[Sample | Reject]:
     """Every record of the source in file order, as a sample or a reject, until `source.limit` samples are read.
 
+    The first `source.skip` samples are passed over: one file can serve as a target and as a held-out set.
+
     A sample's id is the record's own; without one, the first 16 hex digits of its content hash, and for the n-th exact
     copy the same with "-n". A second record with the same id is rejected. Raises DataError where the file as a whole
     cannot be read.
@@ -76,8 +78,9 @@ def read(source: DataSource, domain: str) -> Iterator[Sample | Reject]:
             continue
         sample_id = given_id or _unused_hash_id(digest, copies, origins)
         origins[sample_id] = origin
-        yield Sample(sample_id, domain, turns, origin, digest)
-        if len(origins) == source.limit:
+        if len(origins) > source.skip:
+            yield Sample(sample_id, domain, turns, origin, digest)
+        if source.limit is not None and len(origins) == source.skip + source.limit:
             return
 
 

@@ -12,18 +12,33 @@ from typing import Any, Protocol
 import numpy as np
 
 from datalloy.config import Score
-from datalloy.scorers.baselines import BASELINES, LossScorer
+from datalloy.errors import AgreementError
+from datalloy.scorers.baselines import BASELINES, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer
 from datalloy.scorers.one_step import OneStepScorer, ScoreBlock, exact_scorer
-from datalloy.scorers.probing import StepScan, noise_floor, scan_steps
+from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
 from datalloy.scorers.tail import TailReplay, tail_scorer
 from datalloy.scorers.targets import TargetItems
 from datalloy.uncertainty import rank_agreement, rank_agreement_interval
 from datalloy.vlm import VLM, Encoded
 
-__all__ = ["BASELINES", "Probing", "ScoreBlock", "Scorer", "ScoringInputs", "prepare", "probe"]
+__all__ = [
+    "BASELINES",
+    "GRID",
+    "SCAN_PROBES",
+    "Probing",
+    "ScoreBlock",
+    "Scorer",
+    "ScoringInputs",
+    "Seen",
+    "TargetItems",
+    "agreement_metadata",
+    "agreement_with_exact",
+    "prepare",
+    "probe",
+]
 
 SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size
 NOISE_PROBES = 6
@@ -44,7 +59,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What all scorers are made from. `target_batches`: the target items again, in batches, for Fisher features."""
+    """What all scorers are made from. `targets`: the encoded items that `items` is laid out from."""
 
     vlm: VLM
     items: TargetItems
@@ -57,7 +72,7 @@ class ScoringInputs:
 
 @dataclass(frozen=True)
 class Probing:
-    """What the probes told: the step scans, exact utilities [P, G], their weighted sum and errors, the noise floor."""
+    """What the probes told: the step scans, the steps chosen, exact utilities of the probes, the noise floor (nats)."""
 
     scans: Mapping[str, Mapping[str, Any]]
     steps: Mapping[str, float]
@@ -66,7 +81,10 @@ class Probing:
 
 
 def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encoded]) -> Probing:
-    """Choose the step sizes and score the probes exactly, which every other scorer is compared with."""
+    """Choose the step sizes and score the probes exactly, which every other scorer is compared with.
+
+    Raises AgreementError when fewer than two probes have a finite utility: nothing could be compared.
+    """
     settings, few = inputs.settings, probes[:SCAN_PROBES]
     scans: dict[str, StepScan] = {}
     wanted = None if settings.step == "auto" else settings.step
@@ -75,6 +93,13 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     if "tail" in methods:
         scans["tail"] = scan_steps(_tail(inputs, 0.0), few, wanted=wanted, seed=settings.seed)
     exact.step = scans["exact"].chosen
+    block = exact.score(probes)
+    finite = [probe for probe, ok in zip(probes, block.finite_N, strict=True) if ok]
+    if len(finite) < 2:
+        raise AgreementError(
+            f"{len(finite)} of {len(probes)} probes have a finite exact utility, at least 2 are needed to tell how "
+            "far a scorer agrees with exact; raise score.probes, or lower score.step"
+        )
     other = TargetItems.lay_out(
         inputs.vlm, inputs.targets, dict(zip(inputs.items.names, inputs.items.weight_G, strict=True)), items_per_batch=7
     )
@@ -82,8 +107,8 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     return Probing(
         scans={name: scan.as_metadata() for name, scan in scans.items()},
         steps={name: scan.chosen for name, scan in scans.items()},
-        exact=exact.score(probes),
-        noise_floor=noise_floor(exact, relaid, probes[:NOISE_PROBES]),
+        exact=block,
+        noise_floor=noise_floor(exact, relaid, finite[:NOISE_PROBES]),
     )
 
 

@@ -6,6 +6,7 @@ by them. All of them follow from one forward pass, hence from the columns of any
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,33 +15,42 @@ from datalloy.scorers.one_step import ScoreBlock
 from datalloy.vlm import VLM, Encoded
 
 
-def random_score(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+class Seen(NamedTuple):
+    """What baselines may look at: losses (nats per token), supervised tokens, content hashes; and a seed."""
+
+    loss_N: np.ndarray
+    tokens_N: np.ndarray
+    keys: Sequence[str]
+    seed: int
+
+
+def random_score(seen: Seen) -> np.ndarray:
     """A draw in [0, 1) that depends on the seed and the sample's content alone, not on its place in the file."""
-    digests = (hashlib.sha256(f"{seed} {key}".encode()).digest() for key in keys)
+    digests = (hashlib.sha256(f"{seen.seed} {key}".encode()).digest() for key in seen.keys)
     return np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])
 
 
-def low_loss(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+def low_loss(seen: Seen) -> np.ndarray:
     """What the proxy knows already comes first."""
-    return -loss_N
+    return -seen.loss_N
 
 
-def high_loss(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+def high_loss(seen: Seen) -> np.ndarray:
     """What the proxy does not know comes first, noise included."""
-    return loss_N
+    return seen.loss_N
 
 
-def mid_loss(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+def mid_loss(seen: Seen) -> np.ndarray:
     """What is nearest to the pool's median loss comes first."""
-    return -np.abs(loss_N - np.nanmedian(loss_N))
+    return -np.abs(seen.loss_N - np.nanmedian(seen.loss_N))
 
 
-def length(loss_N: np.ndarray, tokens_N: np.ndarray, keys: Sequence[str], seed: int) -> np.ndarray:
+def length(seen: Seen) -> np.ndarray:
     """Long answers come first."""
-    return tokens_N.astype(float)
+    return seen.tokens_N.astype(float)
 
 
-BASELINES: dict[str, Callable[[np.ndarray, np.ndarray, Sequence[str], int], np.ndarray]] = {
+BASELINES: dict[str, Callable[[Seen], np.ndarray]] = {
     "random": random_score,
     "low_loss": low_loss,
     "mid_loss": mid_loss,
@@ -60,6 +70,6 @@ class LossScorer:
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         with torch.no_grad():
-            losses = np.concatenate([self.vlm.losses(self.vlm.collate(b)).double().cpu().numpy() for b in batches])
+            losses = np.concatenate([self.vlm.losses(self.vlm.collate(b)).cpu().double().numpy() for b in batches])
         zeros = np.zeros(len(samples))
         return ScoreBlock(losses, np.zeros((len(samples), self.targets)), zeros, np.full(len(samples), np.nan))

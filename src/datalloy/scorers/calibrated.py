@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from datalloy.errors import AgreementError
@@ -26,6 +26,9 @@ from datalloy.vlm import VLM, Encoded
 
 FOLDS = 5
 MIN_PROBES = 24
+FLOOR = (
+    1e-30  # below any squared norm that matters: that under the Fisher metric falls with the model's size, 1e-9 at 1B
+)
 
 
 @dataclass(frozen=True)
@@ -54,33 +57,39 @@ class CalibratedScorer:
         min_agreement: float,
         seed: int,
     ) -> None:
-        if len(probes) < MIN_PROBES:
-            raise AgreementError(f"calibrated needs at least {MIN_PROBES} probes, found {len(probes)}; raise score.probes")
         self.taps, self.batch_size, self.weight_G = Taps(vlm), batch_size, items.weight_G
         self._directions = [items.gradient(vlm, self.taps.weights(), target=g) for g in range(len(items.names))]
         self._metric = self.taps.mean_squared_gradient(target_batches)
-        features = self._features(probes)
+        features = _feature_matrix(self._measure(probes), probes)
+        finite = np.isfinite(features).all(1) & exact.finite_N
+        if finite.sum() < MIN_PROBES:
+            raise AgreementError(
+                f"calibrated needs at least {MIN_PROBES} probes with finite losses and utilities, found "
+                f"{finite.sum()} of {len(probes)}; raise score.probes or use score.method tail"
+            )
+        features, utility_NG, utility_N = features[finite], exact.utility_NG[finite], exact.utility_N[finite]
         folds = KFold(FOLDS, shuffle=True, random_state=seed)
-        columns = range(len(items.names))
-        held_out = np.column_stack([cross_val_predict(_regression(), features, exact.utility_NG[:, g], cv=folds) for g in columns])
-        predicted = held_out @ self.weight_G
+        held_out_GN = [cross_val_predict(_regression(), features, u_N, cv=folds) for u_N in utility_NG.T]
+        predicted_N = self.weight_G @ np.array(held_out_GN)
         self.agreement = Agreement(
-            rank_agreement(predicted, exact.utility_N),
-            rank_agreement_interval(predicted, exact.utility_N, seed=seed),
-            len(probes),
+            rank_agreement(predicted_N, utility_N),
+            rank_agreement_interval(predicted_N, utility_N, seed=seed),
+            len(utility_N),
         )
         if self.agreement.spearman < min_agreement:
+            low, high = self.agreement.interval
             raise AgreementError(
-                f"calibrated utilities agree with exact ones on held-out probes by Spearman {self.agreement.spearman:.2f} "
-                f"(95 % interval {self.agreement.interval.low:.2f} to {self.agreement.interval.high:.2f}, {len(probes)} "
-                f"probes); score.min_agreement is {min_agreement}. Use score.method tail or exact, or more score.probes"
+                "calibrated utilities agree with exact ones on held-out probes by Spearman "
+                f"{self.agreement.spearman:.2f} (95 % interval {low:.2f} to {high:.2f}, {len(utility_N)} probes); "
+                f"score.min_agreement is {min_agreement}. Use score.method tail or exact, or more score.probes"
             )
-        self._error = float(np.std(predicted - exact.utility_N))
-        self._models = [_regression().fit(features, exact.utility_NG[:, g]) for g in columns]
+        # what the regression misses, and what exact itself owes to the choice of target items
+        self._error = float(np.sqrt(np.mean((predicted_N - utility_N) ** 2 + exact.error_N[finite] ** 2)))
+        self._models = [_regression().fit(features, u_N) for u_N in utility_NG.T]
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         measured = self._measure(samples)
-        features = _feature_matrix(measured, [sample.supervised_tokens for sample in samples])
+        features = _feature_matrix(measured, samples)
         finite = np.isfinite(features).all(1)
         utility_NG = np.full((len(samples), len(self._models)), np.nan)
         if finite.any():
@@ -90,11 +99,8 @@ class CalibratedScorer:
     def _measure(self, samples: Sequence[Encoded]) -> Measured:
         return self.taps.measure(samples, self._directions, batch_size=self.batch_size, metric=self._metric)
 
-    def _features(self, samples: Sequence[Encoded]) -> np.ndarray:
-        return _feature_matrix(self._measure(samples), [sample.supervised_tokens for sample in samples])
 
-
-def _feature_matrix(measured: Measured, supervised_tokens: Sequence[int]) -> np.ndarray:
+def _feature_matrix(measured: Measured, samples: Sequence[Encoded]) -> np.ndarray:
     """Features [N, G + 5]. Roots and logarithms tame quantities that span decades over a pool."""
     slope = measured.slope_NG
     return np.column_stack(
@@ -102,14 +108,14 @@ def _feature_matrix(measured: Measured, supervised_tokens: Sequence[int]) -> np.
             np.sign(slope) * np.sqrt(np.abs(slope)),
             measured.loss_N,
             np.sqrt(measured.squared_norm_N),
-            np.log(measured.squared_norm_N + 1e-12),
-            np.log(measured.metric_norm_N + 1e-12),
-            np.log(supervised_tokens),
+            np.log(measured.squared_norm_N + FLOOR),
+            np.log(measured.metric_norm_N + FLOOR),
+            np.log([sample.supervised_tokens for sample in samples]),
         ]
     )
 
 
-def _regression():
+def _regression() -> Pipeline:
     return make_pipeline(
         StandardScaler(), PolynomialFeatures(2, include_bias=False), StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))
     )

@@ -11,6 +11,7 @@ Kept for comparison and for very small steps. Training on the top 20 % of this s
 the prototype (DESIGN 2.3): never a default.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from datalloy.errors import RecipeError
 from datalloy.scorers.one_step import ScoreBlock
-from datalloy.scorers.step import Steppable, StepRule, inner
+from datalloy.scorers.step import TINY, Steppable, StepRule, inner
 from datalloy.scorers.taps import Taps
 from datalloy.scorers.targets import TargetItems
 from datalloy.vlm import VLM, Encoded
@@ -46,18 +47,18 @@ class FiniteDifferenceScorer:
     ) -> None:
         if rule.name == "unit_norm":
             raise RecipeError(
-                "score.step_rule unit_norm needs the norm of every sample's gradient, which forward passes do not give; "
-                "use score.method first_order_hooks or exact"
+                "score.step_rule unit_norm needs the norm of every sample's gradient, which forward passes do not "
+                "give; use score.method first_order_hooks or exact"
             )
         self.vlm, self.steppable, self.step, self.batch_size = vlm, steppable, step, batch_size
         self.weight_G = items.weight_G
         parameters = steppable.parameters
-        weights_norm = torch.sqrt(inner(parameters, parameters)).item()
+        weights_norm = math.sqrt(inner(parameters, parameters))
         self._directions: list[list[Tensor]] = []
         self._epsilons: list[float] = []
         for g in range(len(items.names)):
             direction = rule.direction(items.gradient(vlm, parameters, target=g))
-            norm = torch.sqrt(inner(direction, direction)).item()
+            norm = max(math.sqrt(inner(direction, direction)), TINY)
             self._directions.append(direction)
             self._epsilons.append(relative_epsilon * weights_norm / norm)
 
@@ -73,7 +74,7 @@ class FiniteDifferenceScorer:
 
     def _losses(self, batches: Sequence[Sequence[Encoded]]) -> np.ndarray:
         with torch.no_grad():
-            return np.concatenate([self.vlm.losses(self.vlm.collate(b)).double().cpu().numpy() for b in batches])
+            return np.concatenate([self.vlm.losses(self.vlm.collate(b)).cpu().double().numpy() for b in batches])
 
 
 class TapScorer:
@@ -92,7 +93,7 @@ class TapScorer:
         measured = self.taps.measure(samples, self._directions, batch_size=self.batch_size)
         slope_NG = measured.slope_NG
         if self.rule.name == "unit_norm":
-            slope_NG = slope_NG / np.sqrt(measured.squared_norm_N)[:, None]
+            slope_NG = slope_NG / np.maximum(np.sqrt(measured.squared_norm_N), TINY)[:, None]
         return _block(measured.loss_N, self.step * slope_NG, self.weight_G)
 
 

@@ -11,11 +11,14 @@ Price of `exact`: one forward and backward pass of the sample and one forward pa
 memory bit for bit, and the fall of every target item is kept, for standard errors.
 """
 
+import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from datalloy.errors import ModelError
 from datalloy.scorers.step import Steppable, StepRule, inner, loss_and_gradient
 from datalloy.scorers.targets import TargetItems
 from datalloy.vlm import VLM, Encoded
@@ -34,6 +37,17 @@ class ScoreBlock:
     utility_N: np.ndarray
     error_N: np.ndarray
     fall_NV: np.ndarray | None = None
+
+    def to_bytes(self) -> bytes:
+        """The arrays as an .npz file in memory; `from_bytes` gives an equal block back."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{name: array for name, array in vars(self).items() if array is not None})
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ScoreBlock":
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return cls(**arrays)
 
     @property
     def finite_N(self) -> np.ndarray:
@@ -59,6 +73,11 @@ class OneStepScorer:
         self.steppable = steppable
         self.target_losses = target_losses
         self.before_V = target_losses()
+        if bad := int((~np.isfinite(self.before_V)).sum()):
+            raise ModelError(
+                f"{bad} of {len(self.before_V)} target items have no finite loss under {vlm.name} before any step, so "
+                "no utility can be measured; use another proxy or a lower train.learning_rate in the warm-up"
+            )
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         blocks = [self.score_at_steps(sample, (self.step,)) for sample in samples]
@@ -81,9 +100,11 @@ class OneStepScorer:
         """The step that, to first order, would bring the sample's own loss to zero: `l / <g, d>`.
 
         A scale for steps that does not depend on the model's size or on the step rule; used by the step scan.
+        Infinite where the sample has no gradient.
         """
         loss, gradient = loss_and_gradient(self.vlm, sample, self.steppable.parameters)
-        return loss / inner(gradient, self.rule.direction(gradient)).item()
+        slope = inner(gradient, self.rule.direction(gradient))
+        return loss / slope if slope else math.inf
 
 
 def exact_scorer(vlm: VLM, items: TargetItems, steppable: Steppable, *, rule: StepRule, step: float) -> OneStepScorer:

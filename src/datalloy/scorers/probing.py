@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from datalloy.errors import ModelError
 from datalloy.scorers.one_step import OneStepScorer
 from datalloy.scorers.targets import TargetItems
 from datalloy.uncertainty import rank_agreement
@@ -25,7 +26,10 @@ DEFAULT_MULTIPLE = 1 / 4
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step size of the scan. `multiple` is in Polyak steps; utilities are medians over probes, nats per token."""
+    """One step size of the scan. `multiple` is in Polyak steps; utilities are medians over probes, nats per token.
+
+    Agreements are Spearman's, 0 where it is not defined: a target with one item has no halves.
+    """
 
     step: float
     multiple: float
@@ -48,27 +52,43 @@ class StepScan:
 
 
 def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: float | None, seed: int) -> StepScan:
-    """Try every step of the grid on the probes; choose `wanted` if given, else the default multiple."""
-    polyak = float(np.median([scorer.polyak_step(probe) for probe in probes]))
+    """Try every step of the grid on the probes; choose `wanted` if given, else the default multiple.
+
+    Probes without a finite loss or without a gradient have no Polyak step and are left out; so is the row of a step
+    after which no utility is finite.
+    """
+    polyak_N = np.array([scorer.polyak_step(probe) for probe in probes])
+    usable = np.isfinite(polyak_N)
+    if not usable.any():
+        raise ModelError(
+            f"none of the {len(probes)} probes has a finite loss and a gradient under {scorer.vlm.name}, so no step "
+            "size can be chosen; use another proxy or look at the data"
+        )
+    polyak = float(np.median(polyak_N[usable]))
     multiples = [*GRID] if wanted is None else sorted({*GRID, wanted / polyak})
     steps = [multiple * polyak for multiple in multiples]
-    fall_NSV = np.array([scorer.score_at_steps(probe, steps)[1] for probe in probes])
+    fall_NSV = np.array(
+        [scorer.score_at_steps(probe, steps)[1] for probe, ok in zip(probes, usable, strict=True) if ok]
+    )
     utility_NS = fall_NSV @ scorer.items.item_weight_V
     halves = [fall_NSV @ weights for weights in _half_weights(scorer.items, seed)]
     rows = tuple(
         StepRow(
             step=step,
             multiple=multiple,
-            negative_fraction=float((utility_NS[:, s] < 0).mean()),
-            median_utility=float(np.median(utility_NS[:, s])),
-            half_agreement=rank_agreement(halves[0][:, s], halves[1][:, s]),
-            smallest_step_agreement=rank_agreement(utility_NS[:, s], utility_NS[:, 0]),
+            negative_fraction=float((finite_N < 0).mean()),
+            median_utility=float(np.median(finite_N)),
+            half_agreement=_agreement(halves[0][:, s], halves[1][:, s]),
+            smallest_step_agreement=_agreement(utility_NS[:, s], utility_NS[:, 0]),
         )
         for s, (step, multiple) in enumerate(zip(steps, multiples, strict=True))
+        if len(finite_N := utility_NS[np.isfinite(utility_NS[:, s]), s])
     )
     if wanted is not None:
         return StepScan(rows, wanted, "given in the recipe")
-    return StepScan(rows, DEFAULT_MULTIPLE * polyak, f"{DEFAULT_MULTIPLE:g} of the Polyak step (median of {len(probes)} probes)")
+    return StepScan(
+        rows, DEFAULT_MULTIPLE * polyak, f"{DEFAULT_MULTIPLE:g} of the Polyak step (median of {usable.sum()} probes)"
+    )
 
 
 def noise_floor(scorer: OneStepScorer, other: OneStepScorer, probes: Sequence[Encoded]) -> float:
@@ -80,15 +100,18 @@ def noise_floor(scorer: OneStepScorer, other: OneStepScorer, probes: Sequence[En
     return float(np.sqrt(np.mean((ours - theirs) ** 2)))
 
 
+def _agreement(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    both = np.isfinite(a_N) & np.isfinite(b_N)
+    if len(set(a_N[both])) < 2 or len(set(b_N[both])) < 2:
+        return 0.0
+    return rank_agreement(a_N[both], b_N[both])
+
+
 def _half_weights(items: TargetItems, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Item weights of two random halves of every target."""
+    """Item weights of two random halves of every target; all zero where no target has two items."""
     generator = np.random.default_rng(seed)
     half_V = np.zeros(len(items.target_V), dtype=bool)
     for g in range(len(items.names)):
         positions = generator.permutation(np.flatnonzero(items.target_V == g))
         half_V[positions[: len(positions) // 2]] = True
-    weights = []
-    for mask in (half_V, ~half_V):
-        weight_V = items.item_weight_V * mask
-        weights.append(weight_V / weight_V.sum())
-    return weights[0], weights[1]
+    return items.item_weight_V * half_V, items.item_weight_V * ~half_V

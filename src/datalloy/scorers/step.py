@@ -5,6 +5,7 @@ by the root of the second moments (adamw, without the momentum that all samples 
 float32: in bfloat16 a real step moves 4 to 8 % of the weights and the ranking is noise (DESIGN 2.1).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch.nn import Parameter
 
 from datalloy.errors import ModelError
 from datalloy.vlm import VLM, Encoded
+
+TINY = torch.finfo(torch.float32).tiny  # for a division by a norm that is zero: what has no gradient takes no step
 
 
 @dataclass(frozen=True)
@@ -27,29 +30,25 @@ class StepRule:
     def direction(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         """The d of `Delta = -step * d`, one tensor a parameter."""
         if self.name == "unit_norm":
-            norm = torch.sqrt(inner(gradient, gradient))
+            norm = max(math.sqrt(inner(gradient, gradient)), TINY)
             return [g / norm for g in gradient]
         if self.root_second_moments is not None:
             return [g / root for g, root in zip(gradient, self.root_second_moments, strict=True)]
         return list(gradient)
 
 
-def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner product of two vectors in parameter space, accumulated in float64."""
-    return sum(((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=torch.double))
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Inner product of two vectors in parameter space; float32 inside a tensor (MPS has no float64), float64 across."""
+    products = torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)])
+    return products.cpu().double().sum().item()
 
 
 def scoped_parameters(vlm: VLM, scope: str, *, freeze_vision: bool) -> list[Parameter]:
     """The parameters a step touches: `full` is all that training would change, `decoder` the decoder layers alone."""
     if scope == "decoder":
-        parameters = list(vlm.decoder_layers().parameters())
-    else:
-        frozen = {id(p) for p in vlm.vision_parameters()} if freeze_vision else set()
-        parameters = [p for p in vlm.model.parameters() if id(p) not in frozen]
-    low = {p.dtype for p in parameters} - {torch.float32}
-    if low:
-        raise ModelError(f"steps are simulated in float32, {vlm.name} holds {low}; load the proxy in float32")
-    return parameters
+        return list(vlm.decoder_layers().parameters())
+    frozen = {id(p) for p in vlm.vision_parameters()} if freeze_vision else set()
+    return [p for p in vlm.model.parameters() if id(p) not in frozen]
 
 
 def loss_and_gradient(vlm: VLM, sample: Encoded, parameters: Sequence[Parameter]) -> tuple[float, list[Tensor]]:
@@ -60,19 +59,26 @@ def loss_and_gradient(vlm: VLM, sample: Encoded, parameters: Sequence[Parameter]
 
 
 class Steppable:
-    """Parameters that can be moved and put back bit for bit. Holds one copy of them; nothing else is touched."""
+    """Parameters that can be moved and put back bit for bit: those of `parameters` that training would change.
+
+    Under PEFT that is the adapter alone. Holds one copy of them; nothing else is touched.
+    """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise ModelError("the proxy has no trainable parameter where the step should be; use another score.scope")
+        if low := {str(p.dtype) for p in self.parameters} - {"torch.float32"}:
+            raise ModelError(f"steps are simulated in float32, the proxy holds {', '.join(low)}; load it in float32")
         self._originals = [p.detach().clone() for p in self.parameters]
 
     @contextmanager
     def moved(self, direction: Sequence[Tensor], size: float) -> Iterator[None]:
         """The parameters moved by `size * direction` inside the block, and put back after it whatever happens."""
         with torch.no_grad():
-            for parameter, original, part in zip(self.parameters, self._originals, direction, strict=True):
-                torch.add(original, part, alpha=size, out=parameter.data)
             try:
+                for parameter, original, part in zip(self.parameters, self._originals, direction, strict=True):
+                    torch.add(original, part, alpha=size, out=parameter.data)
                 yield
             finally:
                 for parameter, original in zip(self.parameters, self._originals, strict=True):
@@ -84,7 +90,8 @@ def root_second_moments(
 ) -> tuple[Tensor, ...]:
     """Square root of the mean squared batch gradient, plus epsilon: Adam's denominator where the proxy now stands.
 
-    Measured on batches of the training size, because Adam's second moments are those of batch gradients.
+    Measured on batches of the training size, because Adam's second moments are those of batch gradients. Infinite
+    where no batch has a gradient (embeddings of tokens that none contains): what was not measured takes no step.
     """
     squares = [torch.zeros_like(p) for p in parameters]
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
@@ -93,4 +100,4 @@ def root_second_moments(
         for square, part in zip(squares, parts, strict=True):
             if part is not None:
                 square += part**2 / len(batches)
-    return tuple(square.sqrt() + epsilon for square in squares)
+    return tuple(torch.where(square > 0, square.sqrt() + epsilon, torch.inf) for square in squares)

@@ -85,9 +85,9 @@ class TailReplay:
         mask, labels = self._supervised[index]
         logits = self.head(self.norm(hidden[mask])).float()
         token_losses = F.cross_entropy(logits, labels[mask], reduction="none")
-        rows = mask.nonzero()[:, 0]
-        sums = torch.zeros(len(mask), device=token_losses.device).index_add_(0, rows, token_losses)
-        return sums / mask.sum(1)
+        # not index_add_, whose sums on CUDA come in an order of their own each time
+        token_losses_BT = token_losses.new_zeros(mask.shape).masked_scatter(mask, token_losses)
+        return token_losses_BT.sum(1) / mask.sum(1)
 
 
 def tail_scorer(vlm: VLM, replay: TailReplay, steppable: Steppable, *, rule: StepRule, step: float) -> OneStepScorer:

@@ -3,8 +3,9 @@
 One forward and backward pass of an ordinary batch. For a linear layer the gradient of sample b is
 `sum_t d_bt a_bt^T` with a the layer's input and d the gradient of its output; both are at hand in a batch, so
 per-sample gradients cost no batches of one. They are formed one layer at a time, reduced to a few numbers and
-dropped: nothing is stored. Only the decoder's linear layers are tapped (inputs [B, T, features]); the vision tower
-flattens samples into one row of patches, and embeddings and norms carry little of the gradient.
+dropped: nothing is stored. Only the decoder's linear layers are tapped (inputs [B, T, features]), under PEFT those
+of the adapter; the vision tower flattens samples into one row of patches, as experts in a mixture do, and embeddings
+and norms carry little of the gradient.
 """
 
 from collections.abc import Sequence
@@ -28,15 +29,16 @@ class Measured(NamedTuple):
 
 
 class Taps:
-    """The linear layers of the decoder, read during forward and backward passes."""
+    """The trainable linear layers of the decoder, read during forward and backward passes."""
 
     def __init__(self, vlm: VLM) -> None:
         self.vlm = vlm
-        self.modules = [m for layer in vlm.decoder_layers() for m in layer.modules() if isinstance(m, nn.Linear)]
+        linear = [m for m in vlm.decoder_layers().modules() if isinstance(m, nn.Linear)]
+        self.modules = [m for m in linear if m.weight.requires_grad]
         if not self.modules:
-            raise ModelError(f"the decoder of {vlm.name} has no torch.nn.Linear layers to tap; use score.method exact")
+            raise ModelError(f"the decoder of {vlm.name} has no trainable torch.nn.Linear; use score.method exact")
 
-    def weights(self) -> list[nn.Parameter]:
+    def weights(self) -> list[Tensor]:
         return [module.weight for module in self.modules]
 
     def measure(
@@ -73,21 +75,19 @@ class Taps:
         for layer, (a, d) in enumerate(zip(inputs, gradients, strict=True)):
             gradient_BOI = torch.einsum("bto,bti->boi", d, a)
             for g, direction in enumerate(directions):
-                slope[:, g] += torch.einsum("boi,oi->b", gradient_BOI, direction[layer]).double().cpu().numpy()
+                slope[:, g] += torch.einsum("boi,oi->b", gradient_BOI, direction[layer]).cpu().double().numpy()
             squares = gradient_BOI.square()
-            norm += squares.sum((1, 2)).double().cpu().numpy()
+            norm += squares.sum((1, 2)).cpu().double().numpy()
             if metric is not None:
-                weighted += torch.einsum("boi,oi->b", squares, metric[layer]).double().cpu().numpy()
+                weighted += torch.einsum("boi,oi->b", squares, metric[layer]).cpu().double().numpy()
         return Measured(losses, slope, norm, weighted)
 
-    def _run(self, samples: Sequence[Encoded]) -> tuple[np.ndarray, list[Tensor], list[Tensor]]:
+    def _run(self, samples: Sequence[Encoded]) -> tuple[np.ndarray, Sequence[Tensor], Sequence[Tensor]]:
         """Losses, and for every tapped layer its inputs and the gradients of its outputs."""
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
-        def remember(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs.append(args[0].detach())
-            outputs.append(output)
+        def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.append((module, args[0].detach(), output))
 
         handles = [module.register_forward_hook(remember) for module in self.modules]
         try:
@@ -95,6 +95,18 @@ class Taps:
         finally:
             for handle in handles:
                 handle.remove()
+        self._check(calls, len(samples))
+        # layers are called in another order than they are registered in some families
+        called = {module: (taken, output) for module, taken, output in calls}
+        inputs, outputs = zip(*(called[module] for module in self.modules), strict=True)
         # the sum, not the mean: each sample's own gradient must not depend on who else is in the batch
-        gradients = list(torch.autograd.grad(losses.sum(), outputs))
-        return losses.detach().double().cpu().numpy(), inputs, gradients
+        gradients = torch.autograd.grad(losses.sum(), outputs)
+        return losses.detach().cpu().double().numpy(), inputs, gradients
+
+    def _check(self, calls: Sequence[tuple[nn.Module, Tensor, Tensor]], samples: int) -> None:
+        once = len(calls) == len(self.modules) == len({module for module, _, _ in calls})
+        if not once or any(taken.ndim != 3 or len(taken) != samples for _, taken, _ in calls):
+            raise ModelError(
+                f"the linear layers of {self.vlm.name} are not each called once on [samples, tokens, features], so "
+                "gradients cannot be told apart by sample; use score.method exact, tail or first_order"
+            )

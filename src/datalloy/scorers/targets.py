@@ -19,7 +19,10 @@ ITEMS_PER_BATCH = 64
 
 
 class Utility(NamedTuple):
-    """Utility of one sample: per target, over all targets, and its standard error over target items (nats per token)."""
+    """Utility of one sample: per target, over all targets, and its standard error over items, in nats per token.
+
+    The error is NaN where a target has one item: it cannot tell.
+    """
 
     by_target_G: np.ndarray
     total: float
@@ -73,7 +76,7 @@ class TargetItems:
         """Losses computed batch by batch, as one float64 array in the order of V."""
         loss_V = np.empty(len(self.target_V))
         for (positions, _), losses in zip(self.batches, loss_by_batch, strict=True):
-            loss_V[positions] = losses.double().cpu().numpy()
+            loss_V[positions] = losses.cpu().double().numpy()
         return loss_V
 
     def losses(self, vlm: VLM) -> np.ndarray:
@@ -82,22 +85,18 @@ class TargetItems:
             return self.gather([vlm.losses(batch) for _, batch in self.batches])
 
     def utility(self, fall_V: np.ndarray) -> Utility:
-        """Weighted mean fall of the loss, with the standard error that the choice of target items brings (DESIGN 2.1)."""
+        """Weighted mean fall of the loss, with the standard error that the choice of target items brings."""
         by_target, variance = [], 0.0
         for g, weight in enumerate(self.weight_G):
             falls = fall_V[self.target_V == g]
             by_target.append(falls.mean())
-            if len(falls) > 1:
-                variance += weight**2 * falls.var(ddof=1) / len(falls)
+            variance += weight**2 * falls.var(ddof=1) / len(falls) if len(falls) > 1 else np.nan
         by_target_G = np.array(by_target)
         return Utility(by_target_G, float(self.weight_G @ by_target_G), float(np.sqrt(variance)))
 
     def gradient(self, vlm: VLM, parameters: Sequence[Tensor], target: int | None = None) -> list[Tensor]:
         """Gradient of the weighted target loss, or of one target's mean loss, with respect to `parameters`."""
-        if target is None:
-            weight_V = self.item_weight_V
-        else:
-            weight_V = (self.target_V == target) / self.count_G[target]
+        weight_V = self.item_weight_V if target is None else (self.target_V == target) / self.count_G[target]
         total = [torch.zeros_like(p) for p in parameters]
         for positions, batch in self.batches:
             weights = torch.as_tensor(weight_V[positions], dtype=torch.float32, device=vlm.device)

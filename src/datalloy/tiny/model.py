@@ -101,7 +101,6 @@ def build_model(tokenizer, *, width: int = 128, layers: int = 3, vision_layers: 
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=1,
         tie_word_embeddings=False,
-        pad_token_id=pad,
         text_config={
             "model_type": "llama",
             "vocab_size": len(tokenizer),

@@ -76,7 +76,8 @@ def _draw_domain(
     # near-copies copy a clean sample that is already drawn, so they come last; the file is shuffled afterwards
     kinds.sort(key=lambda kind: kind == "near_copy")
     numbers = rng.sample(range(count), count)
-    rows, labels, clean = [], [], []
+    rows, labels = [], []
+    clean: list[tuple[dict, Drawing, bool]] = []
     for number, kind in zip(numbers, kinds, strict=True):
         sample_id = f"{skill}-{number:05d}"
         if kind == "near_copy":

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import PIL.Image
 
 CELL, SIDE = 16, 4
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 210), "yellow": (235, 190, 20)}
@@ -137,7 +136,9 @@ def draw_counting(rng: random.Random) -> Drawing:
     for colour in palette:
         for shape in shapes:
             count = sum(item == (colour, shape) for item in placed)
-            questions.append(Question(f"How many {colour} {PLURALS[shape]}?", str(count), _numbers_near(count, 0, 9), True))
+            questions.append(
+                Question(f"How many {colour} {PLURALS[shape]}?", str(count), _numbers_near(count, 0, 9), True)
+            )
     return Drawing("counting", pixels, _describe(cells), tuple(questions))
 
 

@@ -1,0 +1,94 @@
+"""A run folder in, the few lines that a person wants to see after a verb out."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+def summarise(verb: str, folder: Path) -> Iterator[str]:
+    """Lines about what `verb` left in the folder, and only that."""
+    yield from {
+        "check": _check,
+        "score": _score,
+        "select": _select,
+        "train": _train,
+        "evaluate": _evaluate,
+        "export": _export,
+        "run": _run,
+    }[verb](folder)
+
+
+def _check(folder: Path) -> Iterator[str]:
+    counts = json.loads((folder / "check.json").read_text())
+    for section in ("domains", "targets", "evaluation"):
+        for name, count in counts[section].items():
+            yield f"{section:<11} {name:<24} {count:>8} samples"
+    yield f"rejected: {counts['rejected']} {counts['rejected_by_reason'] or ''}".rstrip()
+    duplicates = counts["duplicates"]
+    yield f"duplicates in the pool: {duplicates['exact']} exact, {duplicates['near']} near"
+
+
+def _score(folder: Path) -> Iterator[str]:
+    from datalloy.scores import Scores
+
+    scores = Scores.read(folder / "scores.parquet")
+    yield f"{'domain':<24}{'samples':>8}{'median loss':>13}{'median utility':>16}{'below zero':>12}"
+    for domain in sorted(set(scores.domain)):
+        mask = scores.domain == domain
+        utility = scores.utility[mask]
+        yield (
+            f"{domain:<24}{mask.sum():>8}{np.nanmedian(scores.loss[mask]):>13.3f}{np.nanmedian(utility):>16.4f}"
+            f"{np.nanmean(utility < 0):>12.0%}"
+        )
+    if agreement := scores.metadata.get("agreement_with_exact"):
+        low, high = agreement["interval"]
+        yield (
+            f"{scores.metadata['method']} agrees with exact utility by Spearman {agreement['spearman']:.2f} "
+            f"[{low:.2f}, {high:.2f}] on {agreement['probes']} probes"
+        )
+
+
+def _select(folder: Path) -> Iterator[str]:
+    from datalloy.selection import Selection
+
+    selection = Selection.read(folder / "selection.parquet")
+    arm = selection.metadata["arm"]
+    yield f"chosen: {arm['scorer']}, fraction {arm['fraction']:g}, ranked within {arm['within']}"
+    for margin in (selection.metadata["bakeoff"] or {}).get("margins", []):
+        low, high = margin["interval"]
+        yield f"  target loss lower than {margin['over']} by {margin['mean']:.4f} [{low:.4f}, {high:.4f}] nats per token"
+    for reason, count in selection.count_reasons().items():
+        yield f"  {reason:<16} {count:>8}"
+
+
+def _train(folder: Path) -> Iterator[str]:
+    facts = json.loads((folder / "units" / "model.json").read_text())["data"]
+    yield (
+        f"trained on {facts['kept']} samples for {facts['steps']} steps ({facts['samples_seen']} samples seen, "
+        f"{facts['seconds']:.0f} s); loss {facts['losses'][0]:.3f} -> {facts['losses'][-1]:.3f}"
+    )
+
+
+def _evaluate(folder: Path) -> Iterator[str]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    yield f"{'set':<24}{'metric':<18}{'items':>6}  {'base':<24}{'tuned':<24}"
+    for name, before in metrics["base"].items():
+        after = metrics["model"][name]
+        yield f"{name:<24}{before['metric']:<18}{before['items']:>6}  {_mean(before):<24}{_mean(after):<24}"
+
+
+def _export(folder: Path) -> Iterator[str]:
+    record = json.loads((folder / "units" / "export.json").read_text())
+    yield f"{record['data']['samples']} samples in {', '.join(sorted(record['files']))}"
+
+
+def _run(folder: Path) -> Iterator[str]:
+    for verb in (_check, _score, _select, _train, _evaluate, _export):
+        yield from verb(folder)
+        yield ""
+
+
+def _mean(row: dict) -> str:
+    return f"{row['mean']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]"
