@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datalloy.api import check, evaluate, export, run, score, select, train
+    from datalloy.api import check, evaluate, export, run_all, score, select, train
     from datalloy.config import Recipe, load_recipe
     from datalloy.errors import DatalloyError
     from datalloy.sample import Sample
@@ -22,7 +22,7 @@ _HOME = {
     "train": "api",
     "evaluate": "api",
     "export": "api",
-    "run": "api",
+    "run_all": "api",
     "Recipe": "config",
     "load_recipe": "config",
     "DatalloyError": "errors",
@@ -41,7 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_recipe",
-    "run",
+    "run_all",
     "score",
     "select",
     "train",

@@ -1,7 +1,8 @@
 """The verbs of the command line as functions: a recipe in, the artefact out.
 
 `recipe` is a Recipe or the path of a YAML file; `run` names the run folder, default `runs/NAME-FINGERPRINT`. What a
-run folder already holds is read, not computed again. Raises the errors of `datalloy.errors`.
+run folder already holds is read, not computed again. Raises the errors of `datalloy.errors`. The whole chain is
+`run_all`: a name `run` would be that of the module `datalloy.run` as well.
 """
 
 from pathlib import Path
@@ -14,47 +15,47 @@ from datalloy.selection import Selection
 from datalloy.workflows import Workflow
 
 
-def check(recipe: Recipe | str | Path, run: Path | None = None) -> dict[str, Any]:
+def check(recipe: Recipe | str | Path, run: str | Path | None = None) -> dict[str, Any]:
     """Read all data and look for leaks; the counts of what is usable and what was rejected."""
     with _open(recipe, run) as opened:
         return Workflow(opened).check()
 
 
-def score(recipe: Recipe | str | Path, run: Path | None = None) -> Scores:
+def score(recipe: Recipe | str | Path, run: str | Path | None = None) -> Scores:
     """The utility of every sample, in nats per token of target loss; positive helps."""
     with _open(recipe, run) as opened:
         return Workflow(opened).score()
 
 
-def select(recipe: Recipe | str | Path, run: Path | None = None) -> Selection:
+def select(recipe: Recipe | str | Path, run: str | Path | None = None) -> Selection:
     """What to keep."""
     with _open(recipe, run) as opened:
         return Workflow(opened).select()
 
 
-def train(recipe: Recipe | str | Path, run: Path | None = None) -> Path:
+def train(recipe: Recipe | str | Path, run: str | Path | None = None) -> Path:
     """Tune the base model on what was kept; the folder of the checkpoint."""
     with _open(recipe, run) as opened:
         return Workflow(opened).train()
 
 
-def evaluate(recipe: Recipe | str | Path, run: Path | None = None) -> dict[str, Any]:
+def evaluate(recipe: Recipe | str | Path, run: str | Path | None = None) -> dict[str, Any]:
     """Metrics of the base and the tuned model on every set, with intervals."""
     with _open(recipe, run) as opened:
         return Workflow(opened).evaluate()
 
 
-def export(recipe: Recipe | str | Path, run: Path | None = None) -> Path:
+def export(recipe: Recipe | str | Path, run: str | Path | None = None) -> Path:
     """Write the kept rows in their own format; the folder."""
     with _open(recipe, run) as opened:
         return Workflow(opened).export()
 
 
-def run(recipe: Recipe | str | Path, run: Path | None = None) -> dict[str, Any]:
+def run_all(recipe: Recipe | str | Path, run: str | Path | None = None) -> dict[str, Any]:
     """The whole chain; the contents of `status.json`."""
     with _open(recipe, run) as opened:
         return Workflow(opened).run_all()
 
 
-def _open(recipe: Recipe | str | Path, folder: Path | None) -> Run:
+def _open(recipe: Recipe | str | Path, folder: str | Path | None) -> Run:
     return Run(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), folder)

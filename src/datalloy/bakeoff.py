@@ -12,7 +12,6 @@ times as long. The two reference arms always reach the last round, so that the w
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -127,12 +126,13 @@ def race(
 def _run_all(
     arms: Sequence[Arm], run_arm: Callable[[Arm, int, int], np.ndarray], steps: int, number: int
 ) -> dict[Arm, np.ndarray]:
-    losses = {arm: run_arm(arm, steps, number) for arm in arms}
-    for arm, loss_V in losses.items():
-        if not np.isfinite(loss_V).all():
+    losses: dict[Arm, np.ndarray] = {}
+    for arm in arms:
+        losses[arm] = run_arm(arm, steps, number)
+        if bad := int((~np.isfinite(losses[arm])).sum()):
             raise ModelError(
-                f"bake-off arm {arm.name!r}: {(~np.isfinite(loss_V)).sum()} of {len(loss_V)} target items have no finite "
-                f"loss after {steps} steps; lower train.learning_rate"
+                f"bake-off arm {arm.name!r}: {bad} of {len(losses[arm])} target items have no finite loss after "
+                f"{steps} steps; lower train.learning_rate"
             )
     return losses
 

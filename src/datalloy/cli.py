@@ -9,100 +9,123 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from datalloy import progress
-from datalloy.config import Recipe, load_recipe
-from datalloy.errors import DatalloyError
+from datalloy.errors import DatalloyError, RecipeError, RunError
 
 if TYPE_CHECKING:
+    from datalloy.config import Recipe
     from datalloy.workflows import Workflow
 
-log = logging.getLogger("datalloy")
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Datalloy tells you **what to train a multimodal model on**: which samples to keep, which to throw out, and "
     "how sure that is.\n\nStart with `datalloy demo`, or `datalloy init my.yaml` and `datalloy run my.yaml --dry-run`.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file. `datalloy init` writes a commented one.", show_default=False)]
+RecipePath = Annotated[
+    Path, typer.Argument(help="The recipe, a YAML file. `datalloy init` writes a commented one.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. `--set score.method=exact`. Repeatable.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in `score.method=exact`. Repeatable."),
 ]
-RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run folder itself; default: runs/NAME-FINGERPRINT.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe, counts and a cost estimate, and stop.")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="The run folder itself; default: runs/NAME-FINGERPRINT.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe, counts and a cost estimate, and stop.")
+]
 
-ENVIRONMENT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EACCES}
-EXIT_ENVIRONMENT = 4
+EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_SIGNAL = 2, 4, 128
+ENVIRONMENT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EACCES, errno.ENOTDIR}
 
 
 @app.command()
 def check(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
     """Read all data, list what is rejected and why, look for leaks between pool, targets and evaluation sets."""
-    _execute("check", recipe, sets, run, dry_run)
+    _run_verb("check", recipe, sets, run, dry_run)
 
 
 @app.command()
 def score(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
     """Give every sample of the pool its utility: how much one training step on it helps the targets."""
-    _execute("score", recipe, sets, run, dry_run)
+    _run_verb("score", recipe, sets, run, dry_run)
 
 
 @app.command()
 def select(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
     """Decide what to keep; where the recipe says auto, by a bake-off of short measured runs."""
-    _execute("select", recipe, sets, run, dry_run)
+    _run_verb("select", recipe, sets, run, dry_run)
 
 
 @app.command()
 def train(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
     """Tune the base model on what was kept."""
-    _execute("train", recipe, sets, run, dry_run)
+    _run_verb("train", recipe, sets, run, dry_run)
 
 
 @app.command()
 def evaluate(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
     """Measure the base and the tuned model on the targets and on the held-out evaluation sets."""
-    _execute("evaluate", recipe, sets, run, dry_run)
+    _run_verb("evaluate", recipe, sets, run, dry_run)
 
 
 @app.command()
 def export(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
     """Write the kept rows, byte for byte in their own format, for any other trainer."""
-    _execute("export", recipe, sets, run, dry_run)
+    _run_verb("export", recipe, sets, run, dry_run)
 
 
 @app.command(name="run")
 def run_command(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
-    """The whole chain: check, score, select, train, evaluate, export."""
-    _execute("run", recipe, sets, run, dry_run)
+    """The whole chain: check, score, select, train, evaluate, export, report."""
+    _run_verb("run", recipe, sets, run, dry_run)
 
 
 @app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
-) -> None:
+def report(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None) -> None:
+    """Write the page about a finished run again."""
+    from datalloy.config import load_recipe
+    from datalloy.report import write_report
+    from datalloy.run import Run
+
+    opened = Run(load_recipe(recipe, sets or ()), run)
+    if not opened.path("status.json").exists():
+        raise RunError(f"{opened.folder} holds no finished run; `datalloy run {recipe}` makes one, report included")
+    with opened:
+        print(write_report(opened.folder))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml")) -> None:
     """Write a commented recipe to start from."""
     from datalloy.template import RECIPE_TEMPLATE
 
-    if path.exists():
-        _fail(f"{path} exists already; give another name", 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(RECIPE_TEMPLATE, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(RECIPE_TEMPLATE)
+    except FileExistsError as error:
+        raise RecipeError(f"{error.filename} exists already; give another name") from None
     print(path)
+
+
+DEMO_FOLDER = Path("datalloy-demo")
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--folder", help="Where the drawn data and the run go.")] = Path("datalloy-demo"),
+    folder: Annotated[Path, typer.Option(help="Where the drawn data and the run go.")] = DEMO_FOLDER,
     seed: Annotated[int, typer.Option(help="Seed of the drawn pool.")] = 0,
 ) -> None:
     """Run the main job on the embedded model and a drawn pool with known faults: a few minutes on a laptop."""
@@ -112,8 +135,10 @@ def demo(
         print(line, flush=True)
 
 
-def _execute(verb: str, path: Path, sets: list[str] | None, folder: Path | None, dry_run: bool) -> None:
-    recipe = load_recipe(path, tuple(sets or ()))
+def _run_verb(verb: str, path: Path, sets: Sequence[str] | None, folder: Path | None, dry_run: bool) -> None:
+    from datalloy.config import load_recipe
+
+    recipe = load_recipe(path, sets or ())
     if dry_run:
         _dry_run(recipe)
         return
@@ -131,29 +156,35 @@ def _execute(verb: str, path: Path, sets: list[str] | None, folder: Path | None,
 
 def _stage(verb: str, workflow: "Workflow") -> Path:
     """Run one verb; the path of its artefact."""
-    getattr(workflow, {"run": "run_all"}.get(verb, verb))()
-    artefact = {
-        "check": "check.json",
-        "score": "scores.parquet",
-        "select": "selection.parquet",
-        "train": "model",
-        "evaluate": "metrics.json",
-        "export": "export",
-        "run": "",
-    }
-    return workflow.run.path(artefact[verb])
+    from datalloy.report import write_report
+
+    work, artefact = {
+        "check": (workflow.check, "check.json"),
+        "score": (workflow.score, "scores.parquet"),
+        "select": (workflow.select, "selection.parquet"),
+        "train": (workflow.train, "model"),
+        "evaluate": (workflow.evaluate, "metrics.json"),
+        "export": (workflow.export, "export"),
+        "run": (workflow.run_all, "report.html"),
+    }[verb]
+    work()
+    if verb == "run":
+        write_report(workflow.run.folder)
+    return workflow.run.path(artefact)
 
 
-def _dry_run(recipe: Recipe) -> None:
-    from datalloy.config import dump_yaml
+def _dry_run(recipe: "Recipe") -> None:
     from datalloy.costs import estimate
+    from datalloy.strict_yaml import dump_yaml
 
     print(dump_yaml(recipe.dump()))
     for line in estimate(recipe):
         print(line)
 
 
-class _Stopped(Exception):
+class _Stopped(BaseException):
+    """A signal asks us to end. No library's `except Exception` may keep it."""
+
     def __init__(self, number: int) -> None:
         self.number = number
 
@@ -164,30 +195,46 @@ def _stop(number: int, _: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: run the command line and end with the exit codes of DESIGN section 4."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "transformers", "accelerate", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    """Entry point: set the process up, answer the command line, end with its exit code."""
+    prefix = progress.CLEAR if sys.stderr.isatty() else ""
+    logging.basicConfig(level=logging.ERROR, format=f"{prefix}%(message)s", stream=sys.stderr)
+    logging.getLogger("datalloy").setLevel(logging.INFO)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     progress.show(True)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    code = answer(sys.argv[1:])
     try:
-        app(standalone_mode=False)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except DatalloyError as error:
-        _fail(str(error), error.exit_code)
-    except _Stopped as stopped:
-        _fail(f"stopped by {signal.Signals(stopped.number).name}; run the same command again to go on", 128 + stopped.number)
-    except OSError as error:
-        if error.errno in ENVIRONMENT_FAULTS:
-            _fail(f"the system refused: {error}. What is finished is kept; mend this and run the same command again", EXIT_ENVIRONMENT)
-        raise
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"datalloy: {message}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # our reader has gone, as in `datalloy check my.yaml | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     sys.stderr.flush()
-    if code > 128:
+    if code > EXIT_SIGNAL:
         os._exit(code)  # no waiting for threads of libraries: every file is either complete or not there
     sys.exit(code)
+
+
+def answer(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit code (DESIGN, section 4). What went wrong is said on stderr."""
+    try:
+        return app(arguments or ["--help"], prog_name="datalloy", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        return _refuse(f"{error.format_message()} (`datalloy --help` lists what there is)", EXIT_USAGE)
+    except DatalloyError as error:
+        return _refuse(str(error), error.exit_code)
+    except _Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        return _refuse(f"stopped by {name}; run the same command again to go on", EXIT_SIGNAL + stopped.number)
+    except MemoryError:
+        return _refuse("out of memory; what is finished is kept, run the same command again to go on", EXIT_ENVIRONMENT)
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_FAULTS:
+            raise
+        mend = "What is finished is kept; mend this and run the same command again"
+        return _refuse(f"the system refused: {error}. {mend}", EXIT_ENVIRONMENT)
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"datalloy: {message}", file=sys.stderr)
+    return code

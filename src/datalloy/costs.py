@@ -4,16 +4,21 @@ Operations are counted (two for each parameter and token forward, six for traini
 timed training step of the proxy on this machine. An estimate: expect it to be right within a factor of two.
 """
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from datalloy import readers, scorers
-from datalloy.config import Recipe
+from datalloy.config import DataSource, Recipe
+from datalloy.errors import DataError
+from datalloy.progress import format_duration
 from datalloy.sample import Sample
 from datalloy.vlm import VLM, EncodeError
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 32  # samples that are encoded to learn how long samples are
 
@@ -30,21 +35,25 @@ class StageCost:
 
 def estimate(recipe: Recipe) -> Iterator[str]:
     """Lines of a table: counts, then operations, time and disk by stage."""
-    pool = [s for name, source in recipe.domains.items() for s in readers.read_all(source, name)[0]]
-    targets = [s for name, source in recipe.targets.items() for s in readers.read_all(source, name)[0]]
-    held_out = [s for name, source in recipe.evaluation.items() for s in readers.read_all(source, name)[0]]
-    yield f"pool: {len(pool)} samples in {len(recipe.domains)} domains; targets: {len(targets)} items; held out: {len(held_out)}"
+    pool, targets, held_out = _read(recipe.domains), _read(recipe.targets), _read(recipe.evaluation)
+    domains = f"{len(pool)} samples in {len(recipe.domains)} domains"
+    yield f"pool: {domains}; targets: {len(targets)} items; held out: {len(held_out)} items"
     proxy = VLM.load(recipe.proxy_model, device=recipe.device)
     tokens, flops_per_second = _measure(proxy, pool, recipe)
     base_parameters = _parameters(proxy if recipe.base == recipe.proxy_model else VLM.load(recipe.base, device="cpu"))
     total = 0.0
     yield f"{tokens:.0f} tokens a sample; this machine trains the proxy at {flops_per_second / 1e9:.1f} GFLOP/s"
-    yield f"{'stage':<12}{'operations':>14}{'time':>12}{'disk':>12}"
+    yield f"{'stage':<24}{'operations':>12}{'time':>14}{'disk':>12}"
     for cost in _stages(recipe, len(pool), len(targets), len(held_out), tokens, _parameters(proxy), base_parameters):
         seconds = cost.flops / flops_per_second
         total += seconds
-        yield f"{cost.stage:<12}{cost.flops:>14.2e}{_clock(seconds):>12}{cost.disk_bytes / 1e6:>9.1f} MB  {cost.note}"
-    yield f"{'in all':<12}{'':>14}{_clock(total):>12}"
+        row = f"{cost.stage:<24}{cost.flops:>12.2e}{format_duration(seconds):>14}{cost.disk_bytes / 1e6:>9.1f} MB"
+        yield f"{row}  {cost.note}".rstrip()
+    yield f"{'in all':<24}{'':>12}{format_duration(total):>14}"
+
+
+def _read(sources: Mapping[str, DataSource]) -> list[Sample]:
+    return [sample for name, source in sources.items() for sample in readers.read_all(source, name)[0]]
 
 
 def _stages(
@@ -70,9 +79,7 @@ def _stages(
             "first_order_hooks": pool * step,
             "loss": pool * forward,
         }[method]
-        yield StageCost(
-            f"score {method}"[:12], flops, 150.0 * pool, "one epoch of the proxy is " + f"{pool * step:.1e}"
-        )
+        yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
     if "auto" in (recipe.score.method, recipe.select.keep_fraction):
         yield StageCost(
             "bake-off",
@@ -81,8 +88,9 @@ def _stages(
             f"{recipe.select.bakeoff_epochs:g} epochs of the pool",
         )
     seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
-    factor = 4 if recipe.train.adapter == "lora" else 6
-    yield StageCost("train", factor * base * tokens * seen, 4.0 * base, f"{seen / batch:.0f} steps of {batch}")
+    # an adapter saves the gradient of the weights, a third of a step, and is about a hundredth of its base on disk
+    factor, disk = (4, 0.04 * base) if recipe.train.adapter == "lora" else (6, 4.0 * base)
+    yield StageCost("train", factor * base * tokens * seen, disk, f"{seen / batch:.0f} steps of {batch}")
     generated = recipe.evaluate.max_new_tokens
     yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
 
@@ -93,8 +101,10 @@ def _measure(vlm: VLM, pool: list[Sample], recipe: Recipe) -> tuple[float, float
     for sample in pool[:: max(1, len(pool) // SAMPLED)]:
         try:
             encoded.append(vlm.encode(sample, max_tokens=recipe.train.max_tokens))
-        except EncodeError:
-            continue
+        except EncodeError as error:
+            log.info("not counted: %s", error)
+    if not encoded:
+        raise DataError(f"none of the pool's samples that were tried can be given to {vlm.name}; see `datalloy check`")
     batch = vlm.collate(encoded[:8])
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
     for _ in range(2):  # the first call pays for warming up
@@ -107,8 +117,3 @@ def _measure(vlm: VLM, pool: list[Sample], recipe: Recipe) -> tuple[float, float
 
 def _parameters(vlm: VLM) -> int:
     return sum(p.numel() for p in vlm.model.parameters())
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} m" if hours else f"{rest // 60} m {rest % 60:02d} s"

@@ -12,7 +12,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 QUIET_SECONDS = 2.0  # shorter work shows nothing
+BAR_SECONDS = 0.2  # between two looks of the bar
 PLAIN_SECONDS = 10.0  # between two lines where stderr is not a terminal
+CLEAR = "\r\x1b[2K"  # on a terminal: whatever is written next takes the bar's place
 
 _shown = False
 
@@ -28,20 +30,27 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     if not _shown:
         yield from items
         return
-    terminal = sys.stderr.isatty()
+    is_terminal = sys.stderr.isatty()
+    interval, before, after = (BAR_SECONDS, CLEAR, "\r") if is_terminal else (PLAIN_SECONDS, "", "\n")
     started = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - started > QUIET_SECONDS and (now - last > (0.2 if terminal else PLAIN_SECONDS) or done == total):
-            last = now
-            left = (now - started) / done * (total - done)
-            line = f"{label}: {done}/{total} ({100 * done // max(total, 1)} %), {_duration(left)} left"
-            print(f"\r\x1b[2K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    if terminal and last != started:
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    try:
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if now - started > QUIET_SECONDS and (now - last > interval or done == total):
+                last = now
+                left = format_duration((now - started) / done * (total - done))
+                line = f"{before}{label}: {done}/{total} ({100 * done // total} %), {left} left"
+                print(line, end=after, file=sys.stderr, flush=True)
+    finally:
+        if is_terminal and last != started:
+            print(CLEAR, end="", file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+def format_duration(seconds: float) -> str:
+    """Hours and minutes, minutes and seconds, or seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

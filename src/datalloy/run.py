@@ -9,7 +9,6 @@ the versions of the libraries that compute. What is left out is listed in `NOT_I
 that results do not depend on it.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -18,36 +17,42 @@ import logging
 import os
 import platform
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datalloy import config
+from datalloy.config import Recipe
 from datalloy.errors import RunError, RunInUseError
+from datalloy.strict_yaml import dump_yaml
+from datalloy.tiny.model import WEIGHTS
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-NOT_IN_FINGERPRINT = ("score.batch_size", "evaluate.batch_size", "train.micro_batch_size", "train.report_to")
+NOT_IN_FINGERPRINT = (
+    "data_root",  # where data lie changes nothing; what is in the files is hashed
+    "score.batch_size",
+    "evaluate.batch_size",
+    "train.micro_batch_size",
+    "train.report_to",
+)
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "pillow", "pyarrow")
+LOCK, PROVENANCE = "run.lock", "provenance.json"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is either complete under its name or not there at all, power loss included."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -70,24 +75,32 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint_parts(recipe: config.Recipe) -> dict[str, Any]:
-    """Everything that can change a result, as plain data whose differences can be shown."""
-    resolved = recipe.dump()
+def digest(value: Any) -> str:
+    """SHA-256, in hex, of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_parts(recipe: Recipe) -> dict[str, Any]:
+    """Everything that can change a result, as plain data whose differences can be shown.
+
+    A file that is not there is "missing": to refuse it is the reader's part. Price: every data file and local
+    checkpoint is read once, about a second a gigabyte.
+    """
+    settings = recipe.dump()
     for dotted in NOT_IN_FINGERPRINT:
-        section, key = dotted.split(".")
-        del resolved[section][key]
-    del resolved["data_root"]  # where data lie changes nothing; what is in the files is hashed below
+        section, _, key = dotted.rpartition(".")
+        del (settings[section] if section else settings)[key]
     inputs = {}
     for section in ("domains", "targets", "evaluation"):
-        for name, source in resolved[section].items():
+        for name, source in settings[section].items():
             path = Path(source.pop("path"))
             inputs[f"{section}.{name}"] = file_hash(path) if path.is_file() else "missing"
-            source.pop("media_root")
+            source.pop("media_root")  # pictures are hashed with their samples
     for key in ("base", "proxy"):
-        if resolved[key]:
-            inputs[key] = _model_hash(resolved.pop(key))
+        if settings[key]:
+            inputs[key] = _model_hash(settings.pop(key))
     return {
-        "recipe": resolved,
+        "recipe": settings,
         "inputs": inputs,
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "datalloy": importlib.metadata.version("datalloy"),
@@ -95,57 +108,51 @@ def fingerprint_parts(recipe: config.Recipe) -> dict[str, Any]:
 
 
 def _model_hash(model: str) -> str:
-    """Hash of a local checkpoint's files (names, sizes, and the contents of all but the weights), or the hub id."""
-    from datalloy.tiny.model import WEIGHTS
-
+    """Hash of the names and contents of a local checkpoint's files, cards and hidden ones left out; or the hub id."""
     folder = WEIGHTS if model == "tiny" else Path(model)
     if not folder.is_dir():
         return model
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        digest.update(bytes.fromhex(file_hash(path)))
-    return digest.hexdigest()
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return digest({n: file_hash(folder / n) for n in names if not n.endswith(".md") and "/." not in f"/{n}"})
 
 
-def fingerprint(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The leaves in which two nested dicts differ, one readable line each."""
+    before, now = dict(_leaves(old)), dict(_leaves(new))
+    changes = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted(before.keys() | now.keys())}
+    return [f"  {key}: {was} before, {is_now} now" for key, (was, is_now) in changes.items() if was != is_now]
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """The leaves in which two fingerprints differ, one readable line each."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for name in sorted(old.keys() | new.keys()):
-            lines += differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        return lines
-    return [] if old == new else [f"  {key}: {old!r} before, {new!r} now"]
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(inner, f"{key}.{name}" if key else name)
 
 
 class Run:
-    """An open run folder. Use it as a context manager: the folder is locked while it is open."""
+    """An open run folder. Use it as a context manager: the folder is locked while it is open.
 
-    def __init__(self, recipe: config.Recipe, folder: Path | None = None) -> None:
-        parts = fingerprint_parts(recipe)
+    Opening raises RunInUseError where another process has it open, and RunError where the folder is not a run, or
+    holds results of another recipe, input or version. A folder in which nothing is finished yet is taken over, so
+    that a recipe whose first attempt was refused can be mended.
+    """
+
+    def __init__(self, recipe: Recipe, folder: str | Path | None = None) -> None:
         self.recipe = recipe
-        self.fingerprint = fingerprint(parts)
+        self._parts = fingerprint_parts(recipe)
+        self.fingerprint = digest(self._parts)
         self.folder = Path(folder) if folder else Path("runs") / f"{recipe.name}-{self.fingerprint[:8]}"
-        self._parts = parts
         self._lock: int | None = None
 
     def __enter__(self) -> "Run":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._make_folder()
+        self._lock = self._take_lock()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock, 200).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise RunInUseError(f"{self.folder} is in use by {holder}; wait for it or stop it") from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        try:
-            self._check_fingerprint()
+            self._check_provenance()
+            for left_by_a_kill in self.folder.rglob(".*.tmp"):
+                left_by_a_kill.unlink()
         except BaseException:
             self.__exit__()
             raise
@@ -156,25 +163,39 @@ class Run:
             os.close(self._lock)  # the kernel releases the lock with the descriptor, also when we are killed
             self._lock = None
 
-    def _check_fingerprint(self) -> None:
-        path = self.folder / "provenance.json"
+    def _make_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"{self.folder} is not a folder; name another one with --run")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        is_ours = self.path(LOCK).exists() or self.path(PROVENANCE).exists()
+        if not is_ours and any(self.folder.iterdir()):
+            raise RunError(f"{self.folder} is not empty and not a run of Datalloy; name another folder with --run")
+
+    def _take_lock(self) -> int:
+        lock = os.open(self.path(LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+            os.close(lock)
+            raise RunInUseError(f"{self.folder} is in use by {holder}; wait for it or stop it") from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return lock
+
+    def _check_provenance(self) -> None:
+        path = self.path(PROVENANCE)
         if path.exists():
-            before = json.loads(path.read_text())
-            if before["schema_version"] != SCHEMA_VERSION:
-                raise RunError(
-                    f"{self.folder} was written in schema {before['schema_version']}, this version reads "
-                    f"{SCHEMA_VERSION}; start a new run with --run"
-                )
-            if before["fingerprint"] != self.fingerprint:
+            before = _read_provenance(path)
+            if before["fingerprint"] == self.fingerprint:
+                return
+            if any(self.path("units").glob("*.json")):
                 changes = "\n".join(differences(before["parts"], self._parts))
                 raise RunError(
                     f"{self.folder} belongs to another recipe, input or version:\n{changes}\n"
                     "Its results would not be comparable; name another folder with --run"
                 )
-            return
-        if any(self.folder.iterdir()) and {p.name for p in self.folder.iterdir()} != {"run.lock"}:
-            raise RunError(f"{self.folder} is not empty and not a run of Datalloy; name another folder with --run")
-        write_atomically(self.folder / "config.yaml", config.dump_yaml(self.recipe.dump()).encode())
+        write_atomically(self.path("config.yaml"), dump_yaml(self.recipe.dump()).encode())
         write_json(
             path,
             {
@@ -190,51 +211,86 @@ class Run:
         )
 
     def path(self, name: str) -> Path:
+        """Where the run keeps `name`, an artefact's path inside its folder."""
         return self.folder / name
 
     def finished(self, unit: str) -> dict[str, Any] | None:
-        """The data of a unit's done-record when its files are all there and unchanged, else None.
+        """The data of a unit's done-record when it and all its files are there and unchanged, else None.
 
-        A file that no longer matches its record is moved aside to `*.damaged`, said in the log, and made again.
+        A file that no longer matches is moved to the folder `damaged`, said in the log, and the unit is to be made
+        again. Price: the unit's files are read once.
         """
-        record_path = self._record(unit)
-        if not record_path.exists():
+        path = self._record(unit)
+        if not path.exists():
             return None
-        try:
-            record = json.loads(record_path.read_text())
-            sound = record["fingerprint"] == self.fingerprint
-        except (ValueError, KeyError):
-            sound, record = False, {"files": {}}
-        for name, digest in record["files"].items():
-            path = self.folder / name
-            if not path.exists() or file_hash(path) != digest:
-                log.warning("%s does not match its done-record; the unit %s is made again", path, unit)
-                if path.exists():
-                    os.replace(path, path.with_name(path.name + ".damaged"))
-                sound = False
-        if not sound:
-            record_path.unlink()
+        record = _read_record(path)
+        if record is None:
+            log.warning("%s is damaged; the unit %s is made again", path, unit)
+            path.unlink()
             return None
-        return record["data"]
+        mismatched = [name for name, sha256 in record["files"].items() if not self._matches(name, sha256)]
+        if not mismatched and record["fingerprint"] == self.fingerprint:
+            return record["data"]
+        for name in mismatched:
+            log.warning("%s does not match its done-record; the unit %s is made again", self.path(name), unit)
+            self._set_aside(name)
+        path.unlink()
+        return None
 
     def commit(self, unit: str, files: Sequence[Path], data: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Record that a unit is done. `files` may name folders: all files in them are covered."""
+        """Record that a unit is done; returns `data` as a later `finished` will.
+
+        `files` may name folders: all files in them are covered.
+        """
         covered = sorted({path for file in files for path in _files_in(file)})
         record = {
             "unit": unit,
             "fingerprint": self.fingerprint,
             "files": {str(path.relative_to(self.folder)): file_hash(path) for path in covered},
-            "data": data or {},
+            "data": json.loads(json.dumps(data or {})),
         }
-        write_json(self._record(unit), record)
+        write_json(self._record(unit), {**record, "sha256": digest(record)})
         return record["data"]
 
     def _record(self, unit: str) -> Path:
-        return self.folder / "units" / f"{unit.replace('/', '--')}.json"
+        return self.path(f"units/{unit.replace('/', '--')}.json")
+
+    def _matches(self, name: str, sha256: str) -> bool:
+        return self.path(name).is_file() and file_hash(self.path(name)) == sha256
+
+    def _set_aside(self, name: str) -> None:
+        if self.path(name).exists():
+            target = self.path("damaged") / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.path(name).replace(target)
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_bytes())
+        version = before["schema_version"]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path} is damaged or not of Datalloy; name another folder with --run") from None
+    if version != SCHEMA_VERSION:
+        raise RunError(
+            f"{path.parent} was written in schema {version}, this version reads {SCHEMA_VERSION}; "
+            "name another folder with --run"
+        )
+    return before
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A done-record, or None where it does not match its own checksum."""
+    try:
+        record = json.loads(path.read_bytes())
+        sha256 = record.pop("sha256")
+    except (ValueError, KeyError):
+        return None
+    return record if sha256 == digest(record) else None
 
 
 def _files_in(path: Path) -> Iterator[Path]:
     if path.is_dir():
-        yield from (p for p in path.rglob("*") if p.is_file())
+        yield from (inner for inner in path.rglob("*") if inner.is_file())
     else:
         yield path

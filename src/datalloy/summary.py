@@ -25,7 +25,9 @@ def _check(folder: Path) -> Iterator[str]:
     for section in ("domains", "targets", "evaluation"):
         for name, count in counts[section].items():
             yield f"{section:<11} {name:<24} {count:>8} samples"
-    yield f"rejected: {counts['rejected']} {counts['rejected_by_reason'] or ''}".rstrip()
+    yield f"rejected: {counts['rejected']}"
+    for reason, count in counts["rejected_by_reason"].items():
+        yield f"  {reason:<22} {count:>8}"
     duplicates = counts["duplicates"]
     yield f"duplicates in the pool: {duplicates['exact']} exact, {duplicates['near']} near"
 
@@ -40,7 +42,7 @@ def _score(folder: Path) -> Iterator[str]:
         utility = scores.utility[mask]
         yield (
             f"{domain:<24}{mask.sum():>8}{np.nanmedian(scores.loss[mask]):>13.3f}{np.nanmedian(utility):>16.4f}"
-            f"{np.nanmean(utility < 0):>12.0%}"
+            f"{np.mean(utility < 0):>12.0%}"
         )
     if agreement := scores.metadata.get("agreement_with_exact"):
         low, high = agreement["interval"]
@@ -56,9 +58,11 @@ def _select(folder: Path) -> Iterator[str]:
     selection = Selection.read(folder / "selection.parquet")
     arm = selection.metadata["arm"]
     yield f"chosen: {arm['scorer']}, fraction {arm['fraction']:g}, ranked within {arm['within']}"
-    for margin in (selection.metadata["bakeoff"] or {}).get("margins", []):
+    bakeoff = selection.metadata["bakeoff"]
+    for margin in bakeoff["margins"] if bakeoff else ():
         low, high = margin["interval"]
-        yield f"  target loss lower than {margin['over']} by {margin['mean']:.4f} [{low:.4f}, {high:.4f}] nats per token"
+        gain = f"{margin['mean']:.4f} [{low:.4f}, {high:.4f}] nats per token"
+        yield f"  target loss lower than {margin['over']} by {gain}"
     for reason, count in selection.count_reasons().items():
         yield f"  {reason:<16} {count:>8}"
 

@@ -10,6 +10,9 @@ name: my-selection
 base: tiny
 # proxy: path-or-hub-id
 
+# Folder that the paths of data start from (default: this file's folder).
+# data_root: .
+
 # The pool: named datasets. JSONL, JSON or Parquet in the layouts messages, sharegpt or llava (format: auto).
 domains:
   first: {path: data/first.jsonl}
@@ -43,4 +46,22 @@ train:
   learning_rate: 2e-5
   batch_size: 128
   samples: 100000
+
+# How answers are generated and judged; the intervals are bootstraps over items.
+evaluate:
+  max_new_tokens: 64
+  confidence: 0.95
+
+# What happens when a target or evaluation item is also in the pool. on_leak: error | drop | allow
+leakage:
+  on_leak: error
+
+# A file of which a larger share is rejected stops the run.
+max_rejected_fraction: 0.01
+
+# Where models run: auto | cpu | cuda | mps
+# device: auto
+
+# What carries the work out: local, this process.
+# engine: local
 """

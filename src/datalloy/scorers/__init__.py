@@ -115,7 +115,7 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
 def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes: Sequence[Encoded]) -> Scorer:
     """The scorer named `method`. `probing` is needed by all but the baselines."""
     settings, vlm, items = inputs.settings, inputs.vlm, inputs.items
-    if method in BASELINES or probing is None:
+    if method in ("loss", *BASELINES) or probing is None:
         return LossScorer(vlm, targets=len(items.names), batch_size=settings.batch_size)
     if method == "tail":
         return _tail(inputs, probing.steps["tail"])

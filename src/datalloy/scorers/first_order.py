@@ -25,8 +25,10 @@ from datalloy.scorers.taps import Taps
 from datalloy.scorers.targets import TargetItems
 from datalloy.vlm import VLM, Encoded
 
-# Size of the probing displacement relative to the weights: large enough for float32, small enough to be linear.
-RELATIVE_EPSILON = 1e-3
+# Size of the probing displacement relative to the weights: large enough for float32, small enough to be linear. On the
+# embedded model's architecture Spearman with the exact product is 0.95 at 1e-3, 0.999 at 1e-4, 1.000 at 3e-5; at 1e-5
+# rounding begins to show.
+RELATIVE_EPSILON = 3e-5
 
 
 class FiniteDifferenceScorer:

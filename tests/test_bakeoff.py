@@ -1,0 +1,192 @@
+"""The race on made-up arms whose quality is known."""
+
+import itertools
+import random
+import zlib
+
+import numpy as np
+import pytest
+
+from datalloy.bakeoff import FINALISTS, FULL, LAST_ROUND, MIN_STEPS, Arm, is_reference, make_arms, race
+from datalloy.errors import ModelError, RecipeError
+
+RANDOM = Arm("random", 0.5, "domain")
+TAIL, LOW, LONG, DOT = (Arm(scorer, 0.5, "domain") for scorer in ("tail", "low_loss", "length", "first_order"))
+ARMS = [FULL, RANDOM, TAIL, LOW, LONG, DOT, Arm("tail", 0.3, "global"), Arm("tail", 0.7, "global")]
+V = 40
+HARD_V = np.random.default_rng(0).normal(3, 1, V)
+UNIFORM_V = np.full(V, 1 / V)
+
+
+class Track:
+    """Runs arms whose loss after n steps is the items' hardness minus gain * n, with noise of every item's own."""
+
+    def __init__(self, gains, noise=0.02):
+        self.gains, self.noise, self.runs = gains, noise, []
+
+    def __call__(self, arm, steps, number):
+        self.runs.append((arm, steps, number))
+        rng = np.random.default_rng([zlib.crc32(arm.name.encode()), number])
+        return HARD_V - self.gains.get(arm, 0.0) * steps + rng.normal(0, self.noise, V)
+
+
+def run(track, arms=ARMS, budget_steps=400, longest_steps=1000, weight_V=UNIFORM_V, seed=0):
+    return race(
+        arms, track, weight_V=weight_V, budget_steps=budget_steps, longest_steps=longest_steps, seed=seed
+    )
+
+
+@pytest.mark.parametrize("best", ARMS, ids=lambda arm: arm.name)
+def test_the_best_arm_wins_whichever_it_is(best):
+    assert run(Track({best: 0.02})).winner == best
+
+
+def test_keeping_everything_wins_when_selection_harms():
+    outcome = run(Track({arm: -0.02 for arm in ARMS if arm != FULL}))
+    assert outcome.winner == FULL
+    assert all(margin.interval.low > 0 for margin in outcome.margins)
+
+
+def test_margins_tell_how_much_lower_the_winners_loss_is():
+    outcome = run(Track({TAIL: 0.02, LOW: 0.01}))
+    steps = outcome.steps_spent // (len(ARMS) + LAST_ROUND * 5)  # of the first round, where five arms go on
+    margins = {margin.over: margin for margin in outcome.margins}
+    assert TAIL.name not in margins
+    assert margins[LOW.name].mean == pytest.approx(0.01 * LAST_ROUND * steps, abs=0.02)
+    assert margins["full"].mean == pytest.approx(0.02 * LAST_ROUND * steps, abs=0.02)
+    assert margins["full"].interval.low < margins["full"].mean < margins["full"].interval.high
+
+
+def test_arms_that_differ_by_noise_alone_have_margins_that_reach_zero():
+    outcome = run(Track({}, noise=1.0))
+    lows = [margin.interval.low for margin in outcome.margins]
+    assert min(margin.mean for margin in outcome.margins) >= 0
+    assert sum(low > 0 for low in lows) <= 1  # at 95 %, of at most five
+
+
+def test_items_count_by_their_weight():
+    """The arm that is good at the first item alone wins only if that item has all the weight."""
+    first_V = np.zeros(V)
+    first_V[0] = 1
+
+    def track(arm, steps, number):
+        return HARD_V - {TAIL: 2 * first_V, LOW: 1 - first_V}.get(arm, 0)
+
+    arms = [FULL, RANDOM, TAIL, LOW]
+    assert run(track, arms).winner == LOW
+    assert run(track, arms, weight_V=first_V).winner == TAIL
+
+
+@pytest.mark.parametrize(("budget_steps", "longest_steps"), [(92, 12), (150, 1000), (997, 1000), (5000, 33)])
+def test_neither_the_budget_nor_the_longest_run_is_exceeded(budget_steps, longest_steps):
+    track = Track({TAIL: 0.01})
+    outcome = run(track, budget_steps=budget_steps, longest_steps=longest_steps)
+    lengths = [steps for _, steps, _ in track.runs]
+    assert sum(lengths) == outcome.steps_spent <= budget_steps
+    assert MIN_STEPS <= min(lengths) < max(lengths) <= longest_steps
+
+
+def test_the_budget_is_used_as_far_as_whole_steps_go():
+    track = Track({}, noise=1.0)  # nobody is ruled out
+    outcome = run(track, budget_steps=230)
+    assert outcome.steps_spent == 230  # 8 arms of 10 steps, 5 of 30
+
+
+def test_all_arms_run_the_same_number_of_steps_in_a_round():
+    track = Track({TAIL: 0.02, LOW: 0.02})
+    run(track)
+    first, final = ({steps for _, steps, number in track.runs if number == n} for n in (1, 2))
+    assert len(first) == len(final) == 1
+    assert final.pop() == LAST_ROUND * first.pop()
+
+
+def test_references_reach_the_last_round_however_bad_they_are():
+    track = Track({FULL: -0.1, RANDOM: -0.2, TAIL: 0.02})
+    outcome = run(track)
+    assert {FULL, RANDOM} <= {arm for arm, _, number in track.runs if number == 2}
+    assert {"full", RANDOM.name} <= {margin.over for margin in outcome.margins}
+
+
+def test_arms_that_are_ruled_out_run_no_more():
+    track = Track({TAIL: 0.05})
+    run(track)
+    assert {arm for arm, _, number in track.runs if number == 2} == {FULL, RANDOM, TAIL}
+
+
+def test_at_most_so_many_arms_go_on_beside_the_references():
+    track = Track({arm: 0.05 for arm in ARMS[2:]})
+    run(track)
+    assert len([arm for arm, _, number in track.runs if number == 2 and not is_reference(arm)]) == FINALISTS
+
+
+def test_an_early_leader_can_be_overtaken_in_the_last_round():
+    def track(arm, steps, number):
+        gain = {TAIL: (0.2, 0.3), LOW: (0.19, 0.5)}.get(arm, (0, 0))[number - 1]
+        return HARD_V - gain + np.random.default_rng(zlib.crc32(arm.name.encode())).normal(0, 0.3, V)
+
+    outcome = run(track)
+    assert outcome.winner == LOW
+
+
+def test_every_run_is_reported_with_its_weighted_loss():
+    track = Track({TAIL: 0.02})
+    outcome = run(track)
+    assert [(result.arm, result.steps, result.round) for result in outcome.results] == track.runs
+    arm, steps, number = track.runs[-1]
+    assert outcome.results[-1].loss == pytest.approx(track(arm, steps, number).mean())
+
+
+@pytest.mark.parametrize("gains", [{TAIL: 0.02, LOW: 0.019}, {}], ids=["close", "all equal"])
+def test_the_order_of_the_arms_does_not_matter(gains):
+    shuffled = random.Random(1).sample(ARMS, len(ARMS))
+    outcomes = [run(Track(gains, noise=0.0 if not gains else 0.05), arms) for arms in (ARMS, ARMS[::-1], shuffled)]
+    assert len({outcome.winner for outcome in outcomes}) == 1
+    assert all(outcome.margins == outcomes[0].margins for outcome in outcomes)
+    assert all(set(outcome.results) == set(outcomes[0].results) for outcome in outcomes)
+
+
+def test_the_same_seed_gives_the_same_outcome():
+    assert run(Track({TAIL: 0.02})) == run(Track({TAIL: 0.02}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"budget_steps": 91}, r"8 arms needs 92 training steps.*select\.bakeoff_epochs allows 91"),
+        ({"longest_steps": 11}, r"final training of 12 steps, train\.samples or train\.epochs give 11"),
+    ],
+)
+def test_a_race_too_short_to_tell_arms_apart_is_refused_by_its_keys(sizes, message):
+    with pytest.raises(RecipeError, match=rf"{message}.*fewer select\.bakeoff_arms"):
+        run(Track({}), **sizes)
+
+
+def test_a_budget_pays_only_for_arms_that_there_are():
+    arms = [FULL, RANDOM, TAIL]  # three in both rounds
+    assert run(Track({}, noise=1.0), arms, budget_steps=MIN_STEPS * 3 * (1 + LAST_ROUND)).steps_spent == 48
+
+
+def test_an_arm_that_breaks_the_model_stops_the_race_by_name():
+    def track(arm, steps, number):
+        return np.full(V, np.nan) if arm == TAIL else HARD_V
+
+    with pytest.raises(ModelError, match=f"arm '{TAIL.name}': 40 of 40 target items have no finite loss after"):
+        run(track)
+
+
+def test_arms_are_all_combinations_and_the_two_references():
+    arms = make_arms(["tail", "random", "low_loss"], [0.3, 0.7, 1.0], ["domain", "global"])
+    assert arms[:2] == [FULL, Arm("random", 0.7, "domain")]
+    assert set(arms[2:]) == set(itertools.starmap(Arm, itertools.product(["tail", "low_loss"], [0.3, 0.7], ["domain", "global"])))
+
+
+def test_random_is_a_reference_even_where_everything_is_to_be_kept():
+    assert make_arms(["tail"], [1.0], ["domain"]) == [FULL, Arm("random", 0.5, "domain")]
+
+
+def test_arms_have_names_of_their_own():
+    """Runs are found again by these names: 12.5 % and 12 % must not be one."""
+    fractions = [0.07, 0.12, 0.125, 0.3, 0.5]
+    names = [arm.name for arm in make_arms(["tail", "low_loss"], fractions, ["domain", "global"])]
+    assert len(set(names)) == len(names)
+    assert {"full", "random 12.5% domain", "tail 7% global", "low_loss 30% domain"} <= set(names)

@@ -1,0 +1,199 @@
+"""The whole chain on the embedded model: what it leaves behind, and that killing it changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from datalloy.config import load_recipe
+from datalloy.errors import DataError, LeakageError
+from datalloy.run import Run, file_hash
+from datalloy.scores import Scores
+from datalloy.selection import Selection
+from datalloy.tiny.pools import PoolPlan, write_pool
+from datalloy.workflows import Workflow
+
+PLAN = PoolPlan(
+    samples={"chart": 24, "counting": 20}, targets=("chart", "counting"), target_items=12, holdout_items=8
+)
+RECIPE = """\
+name: small
+base: tiny
+domains:
+  chart: {path: data/chart.jsonl}
+  counting: {path: data/counting.jsonl}
+targets:
+  chart: {path: data/chart.target.jsonl}
+  counting: {path: data/counting.target.jsonl, metric: loss, weight: 0.5}
+evaluation:
+  chart-holdout: {path: data/chart.holdout.jsonl}
+score: {target_items: 8, probes: 6, warmup_fraction: 0.1}
+select: {bakeoff_arms: [tail, low_loss], bakeoff_fractions: [0.5], bakeoff_epochs: 200}
+train: {adapter: none, freeze_vision: false, learning_rate: 1e-3, batch_size: 4, samples: 48}
+evaluate: {max_new_tokens: 4, resamples: 100}
+"""
+RESULTS = ("scores.parquet", "selection.parquet", "metrics.json", "bakeoff.json", "check.json", "model/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain")
+    write_pool(folder / "data", PLAN, seed=0)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_path):
+    """A run that nobody disturbed."""
+    with Run(load_recipe(recipe_path), recipe_path.parent / "undisturbed") as run:
+        Workflow(run).run_all()
+        return run.folder
+
+
+def test_every_sample_of_the_pool_is_scored_and_decided(finished):
+    scores, selection = Scores.read(finished / "scores.parquet"), Selection.read(finished / "selection.parquet")
+    assert len(scores) == len(selection) == 44
+    assert scores.metadata["method"] == "tail"
+    assert scores.metadata["agreement_with_exact"]["probes"] == 6
+
+
+def test_bakeoff_names_a_winner_with_margins_over_full_and_random(finished):
+    outcome = json.loads((finished / "bakeoff.json").read_text())
+    over = {margin["over"] for margin in outcome["margins"]} | {outcome["winner"]["scorer"]}
+    assert "full" in over
+    assert any(name.startswith("random") for name in over)
+
+
+def test_status_is_written_and_conserves_records(finished):
+    counts = json.loads((finished / "status.json").read_text())["counts"]
+    assert sum(counts["domains"].values()) + counts["rejected"] == 44
+
+
+def test_metrics_compare_base_and_tuned_model_on_all_sets(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics["base"]) == set(metrics["model"]) == {"chart", "counting", "chart-holdout"}
+    assert metrics["model"]["counting"]["metric"] == "loss"
+
+
+def test_exported_rows_are_the_kept_rows_byte_for_byte(finished, recipe_path):
+    selection = Selection.read(finished / "selection.parquet")
+    kept = set(zip(*selection.kept_keys(), strict=True))
+    lines = (recipe_path.parent / "data" / "chart.jsonl").read_bytes().splitlines(keepends=True)
+    wanted = {line for line in lines if ("chart", json.loads(line)["id"]) in kept}
+    assert set((finished / "export" / "chart.jsonl").read_bytes().splitlines(keepends=True)) == wanted
+
+
+def test_running_again_computes_nothing(finished, recipe_path, monkeypatch):
+    monkeypatch.setattr("datalloy.workflows.train", None)
+    monkeypatch.setattr("datalloy.workflows.evaluate", None)
+    monkeypatch.setattr("datalloy.workflows.scorers.prepare", None)
+    with Run(load_recipe(recipe_path), finished) as run:
+        Workflow(run).run_all()
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_results(finished, recipe_path):
+    """SIGKILL at many points; work that has a done-record is never done again; the results are equal to the byte."""
+    folder = recipe_path.parent / "killed"
+    kills, recorded = 0, {}
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "datalloy.cli", "run", str(recipe_path), "--run", str(folder)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        # wait for two more finished units, then a little, so that kills fall at different places of a unit
+        while process.poll() is None and kills < 6:
+            now = {p.name: p.stat().st_mtime_ns for p in (folder / "units").glob("*.json")}
+            if len(now) >= len(recorded) + 3:
+                time.sleep(0.05 * kills)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        error = process.communicate()[1].decode()
+        now = {p.name: p.stat().st_mtime_ns for p in (folder / "units").glob("*.json")}
+        assert recorded.items() <= now.items(), "a unit that was done has been done again"
+        recorded = now
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+    assert kills >= 4
+    for name in RESULTS:
+        assert file_hash(folder / name) == file_hash(finished / name), name
+
+
+def test_a_target_item_in_the_pool_is_refused(recipe_path, tmp_path):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    leak = (tmp_path / "data" / "chart.target.jsonl").read_text().splitlines(keepends=True)[3]
+    with (tmp_path / "data" / "chart.jsonl").open("a") as file:
+        file.write(leak)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with Run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run") as run, pytest.raises(LeakageError, match="chart"):
+        Workflow(run).check()
+
+
+def test_a_leak_is_dropped_where_the_recipe_says_so(tmp_path):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    leak = (tmp_path / "data" / "chart.target.jsonl").read_text().splitlines(keepends=True)[3]
+    with (tmp_path / "data" / "chart.jsonl").open("a") as file:
+        file.write(leak)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ("leakage.on_leak=drop", "max_rejected_fraction=0.1"))
+    with Run(recipe, tmp_path / "run") as run:
+        counts = Workflow(run).check()
+    assert counts["domains"]["chart"] == 24
+    assert counts["rejected_by_reason"] == {"leak": 1}
+
+
+def test_too_many_bad_records_stop_the_run_and_are_listed(tmp_path):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    with (tmp_path / "data" / "chart.jsonl").open("a") as file:
+        file.write("not json\n" * 3)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with Run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run") as run:
+        with pytest.raises(DataError, match="3 of 27 records were rejected"):
+            Workflow(run).check()
+        lines = run.path("rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [25, 26, 27]
+
+
+def test_pictures_that_change_under_a_run_are_noticed(tmp_path):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    with Run(recipe, tmp_path / "run") as run:
+        Workflow(run).check()
+    picture = next((tmp_path / "data" / "images").glob("target-chart*"))
+    picture.write_bytes(next((tmp_path / "data" / "images").glob("holdout-chart*")).read_bytes())
+    with Run(recipe, tmp_path / "run") as run, pytest.raises(DataError, match="changed since"):
+        Workflow(run).check()
+
+
+def test_a_target_with_too_few_items_is_refused(tmp_path):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ("targets.chart.limit=3",))
+    with Run(recipe, tmp_path / "run") as run, pytest.raises(DataError, match=r"targets\.chart has 3 items"):
+        Workflow(run).check()
+
+
+def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):
+    """score.batch_size is left out of the fingerprint, so it may not change a result beyond rounding."""
+    tables = []
+    for size in (3, 16):
+        overrides = (f"score.batch_size={size}", "score.method=first_order", "score.step=0.01")
+        with Run(load_recipe(recipe_path, overrides), tmp_path / f"run{size}") as run:
+            tables.append(Workflow(run).score())
+    assert abs(tables[0].utility - tables[1].utility).max() < 1e-4 * abs(tables[0].utility).max()
+
+
+def test_chain_needs_no_folder_but_its_own(finished):
+    """Everything a run wrote is inside its folder, and nothing half-written is left."""
+    assert not list(Path(finished).rglob("*.tmp"))
