@@ -9,14 +9,6 @@ from datalloy.scorers import TargetItems
 from datalloy.vlm import VLM, Encoded
 from drawn import build_vlm, draw_samples
 
-TEXT_ONLY = Sample(
-    "text",
-    "text",
-    (Turn("user", ("Which word follows three, four?",)), Turn("assistant", ("five",))),
-    Origin(Path("drawn.jsonl"), 99, 100),
-    "text",
-)
-
 
 @pytest.fixture(scope="session")
 def proxy(tmp_path_factory) -> VLM:
@@ -40,5 +32,11 @@ def items(proxy, targets) -> TargetItems:
 
 
 @pytest.fixture(scope="session")
-def pool(proxy, drawn) -> list[Encoded]:
-    return [*drawn[8:19], proxy.encode(TEXT_ONLY)]
+def text_only() -> Sample:
+    turns = (Turn("user", ("Which word follows three, four?",)), Turn("assistant", ("five",)))
+    return Sample("text", "text", turns, Origin(Path("drawn.jsonl"), 99, 100), "text")
+
+
+@pytest.fixture(scope="session")
+def pool(proxy, drawn, text_only) -> list[Encoded]:
+    return [*drawn[8:19], proxy.encode(text_only)]

@@ -13,7 +13,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
     {"errors", "template", "tiny.world"},
-    {"config", "metrics", "progress", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
+    {"metrics", "progress", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
+    {"config"},
     {"run"},
     {"scores", "vlm"},
     {"encoding"},
@@ -105,5 +106,5 @@ def test_only_the_command_line_and_progress_print():
     assert {name for name, tree in MODULES.items() if prints(tree)} == PRINTERS
 
 
-def test_every_module_says_what_goes_in_and_what_comes_out():
+def test_every_module_has_a_docstring():
     assert [name for name, tree in MODULES.items() if name != "tiny" and not ast.get_docstring(tree)] == []

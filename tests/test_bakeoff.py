@@ -31,9 +31,7 @@ class Track:
 
 
 def run(track, arms=ARMS, budget_steps=400, longest_steps=1000, weight_V=UNIFORM_V, seed=0):
-    return race(
-        arms, track, weight_V=weight_V, budget_steps=budget_steps, longest_steps=longest_steps, seed=seed
-    )
+    return race(arms, track, weight_V=weight_V, budget_steps=budget_steps, longest_steps=longest_steps, seed=seed)
 
 
 @pytest.mark.parametrize("best", ARMS, ids=lambda arm: arm.name)
@@ -48,13 +46,19 @@ def test_keeping_everything_wins_when_selection_harms():
 
 
 def test_margins_tell_how_much_lower_the_winners_loss_is():
-    outcome = run(Track({TAIL: 0.02, LOW: 0.01}))
-    steps = outcome.steps_spent // (len(ARMS) + LAST_ROUND * 5)  # of the first round, where five arms go on
-    margins = {margin.over: margin for margin in outcome.margins}
-    assert TAIL.name not in margins
-    assert margins[LOW.name].mean == pytest.approx(0.01 * LAST_ROUND * steps, abs=0.02)
-    assert margins["full"].mean == pytest.approx(0.02 * LAST_ROUND * steps, abs=0.02)
-    assert margins["full"].interval.low < margins["full"].mean < margins["full"].interval.high
+    outcome = run(Track({TAIL: 0.02, RANDOM: 0.01}, noise=0.0), budget_steps=230)  # the last round has 30 steps
+    over_random, over_full = outcome.margins
+    assert (over_random.over, over_full.over) == (RANDOM.name, "full")
+    assert over_random.mean == pytest.approx(0.3)
+    assert over_full.mean == pytest.approx(0.6)
+    assert over_full.interval == pytest.approx((0.6, 0.6))  # the same for every item
+
+
+def test_margins_are_uncertain_where_items_disagree():
+    (margin, _) = run(Track({TAIL: 0.02, RANDOM: 0.02}, noise=0.3), [FULL, RANDOM, TAIL]).margins
+    # differences of two noises of 0.3 on 40 items: a standard error of 0.3 * sqrt(2 / 40) = 0.067
+    assert margin.interval.high - margin.interval.low == pytest.approx(2 * 1.96 * 0.067, rel=0.3)
+    assert margin.interval.low < margin.mean < margin.interval.high
 
 
 def test_arms_that_differ_by_noise_alone_have_margins_that_reach_zero():
@@ -114,7 +118,7 @@ def test_arms_that_are_ruled_out_run_no_more():
 
 
 def test_at_most_so_many_arms_go_on_beside_the_references():
-    track = Track({arm: 0.05 for arm in ARMS[2:]})
+    track = Track(dict.fromkeys(ARMS[2:], 0.05))
     run(track)
     assert len([arm for arm, _, number in track.runs if number == 2 and not is_reference(arm)]) == FINALISTS
 
@@ -177,7 +181,9 @@ def test_an_arm_that_breaks_the_model_stops_the_race_by_name():
 def test_arms_are_all_combinations_and_the_two_references():
     arms = make_arms(["tail", "random", "low_loss"], [0.3, 0.7, 1.0], ["domain", "global"])
     assert arms[:2] == [FULL, Arm("random", 0.7, "domain")]
-    assert set(arms[2:]) == set(itertools.starmap(Arm, itertools.product(["tail", "low_loss"], [0.3, 0.7], ["domain", "global"])))
+    assert set(arms[2:]) == set(
+        itertools.starmap(Arm, itertools.product(["tail", "low_loss"], [0.3, 0.7], ["domain", "global"]))
+    )
 
 
 def test_random_is_a_reference_even_where_everything_is_to_be_kept():

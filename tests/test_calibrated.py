@@ -36,12 +36,23 @@ def exact(norm_N, items):
 
 
 @pytest.fixture(scope="module")
+def noise(probes, items):
+    return block_of(np.random.default_rng(1).normal(size=(len(probes), 2)), items.weight_G)
+
+
+@pytest.fixture(scope="module")
 def fit(proxy, items, targets, probes):
-    def fit(exact, count=len(probes), min_agreement=0.6):
-        batches = list(targets.values())
-        rows = ScoreBlock(*(array[:count] for array in (exact.loss_N, exact.utility_NG, exact.utility_N, exact.error_N)))
+    def fit(exact, count=None, min_agreement=0.6):
+        columns = (exact.loss_N, exact.utility_NG, exact.utility_N, exact.error_N)
         return CalibratedScorer(
-            proxy, items, batches, probes[:count], rows, batch_size=8, min_agreement=min_agreement, seed=0
+            proxy,
+            items,
+            list(targets.values()),
+            probes[:count],
+            ScoreBlock(*(column[:count] for column in columns)),
+            batch_size=8,
+            min_agreement=min_agreement,
+            seed=0,
         )
 
     return fit
@@ -66,10 +77,31 @@ def test_agreement_on_held_out_probes_is_high_where_it_should_be(fitted):
     assert low <= fitted.agreement.spearman <= high
 
 
-def test_the_error_is_that_of_the_prediction_and_that_of_exact_together(fitted, probes):
+def test_agreement_is_that_of_the_weighted_utility(proxy, items, targets, probes, exact, noise):
+    """A target that hardly counts may be as unpredictable as it likes."""
+    lopsided = dataclasses.replace(items, weight_G=np.array([1.0, 0.0]))
+    utility_NG = np.column_stack([exact.utility_NG[:, 0], noise.utility_NG[:, 1]])
+    scorer = CalibratedScorer(
+        proxy,
+        lopsided,
+        list(targets.values()),
+        probes,
+        block_of(utility_NG, lopsided.weight_G),
+        batch_size=8,
+        min_agreement=0.6,
+        seed=0,
+    )
+    assert scorer.agreement.spearman > 0.9
+
+
+def test_the_error_of_a_good_prediction_is_that_of_exact(fitted, probes):
     (error,) = set(fitted.score(probes[:3]).error_N)
-    assert ERROR < error < 1.1 * ERROR  # the regression is nearly right here
-    assert error == pytest.approx(np.hypot(ERROR, np.sqrt(error**2 - ERROR**2)))
+    assert ERROR < error < 1.1 * ERROR
+
+
+def test_the_error_of_a_bad_prediction_is_that_of_the_prediction(fit, noise, probes):
+    (error,) = set(fit(noise, min_agreement=-1).score(probes[:3]).error_N)
+    assert error == pytest.approx(np.hypot(ERROR, noise.utility_N.std()), rel=0.3)
 
 
 def test_utilities_that_nothing_explains_are_refused(fit, exact, items):
@@ -78,15 +110,11 @@ def test_utilities_that_nothing_explains_are_refused(fit, exact, items):
         fit(block_of(shuffled, items.weight_G))
 
 
-def test_held_out_agreement_does_not_use_fitted_points(fit, exact, items, probes):
-    """Fitted to noise, the regression looks better on its own points than on those held out."""
-    noise = np.random.default_rng(1).normal(size=exact.utility_NG.shape)
-    scorer = fit(block_of(noise, items.weight_G), min_agreement=-1)
-    assert scorer.agreement.spearman < 0.35  # two standard deviations of a Spearman of 32 unrelated pairs
-    changed = noise.copy()
-    changed[0] = 100
-    changed_back = fit(block_of(changed, items.weight_G), min_agreement=-1)
-    assert changed_back.score(probes[:1]).utility_N[0] > scorer.score(probes[:1]).utility_N[0]
+def test_held_out_agreement_does_not_use_fitted_points(fit, noise, probes):
+    """Fitted to noise, a regression does well on its own points and no better than chance on those held out."""
+    scorer = fit(noise, min_agreement=-1)
+    assert rank_agreement(scorer.score(probes).utility_N, noise.utility_N) > 0.45
+    assert scorer.agreement.spearman < 0.18  # one standard deviation of a Spearman of 32 unrelated pairs
 
 
 def test_probes_without_finite_utility_are_left_out(fit, exact, items, probes):

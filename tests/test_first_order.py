@@ -77,7 +77,9 @@ def tapped(request, proxy, tmp_path_factory):
         config = peft.LoraConfig(r=2, target_modules=r".*text_model.*(q_proj|down_proj)", init_lora_weights=False)
         vlm = dataclasses.replace(proxy, model=peft.get_peft_model(proxy.copy().model, config).eval())
     elif request.param != "embedded":
-        vlm = VLM.load(str(tiny_families.build_checkpoint(request.param, tmp_path_factory.mktemp("tapped"))), device="cpu")
+        vlm = VLM.load(
+            str(tiny_families.build_checkpoint(request.param, tmp_path_factory.mktemp("tapped"))), device="cpu"
+        )
     return vlm, [vlm.encode(sample) for sample in draw_samples(5)]
 
 
@@ -93,7 +95,8 @@ def test_slopes_and_norms_are_those_of_autograd_one_sample_at_a_time(tapped):
         gradient = gradient_of(vlm, sample, weights)
         size = np.sqrt(dot(gradient, gradient))
         assert measured.squared_norm_N[n] == pytest.approx(size**2, rel=1e-4)
-        assert measured.metric_norm_N[n] == pytest.approx(dot(gradient, [m * g for m, g in zip(metric, gradient)]), rel=1e-4)
+        weighted = [part * weight for part, weight in zip(gradient, metric, strict=True)]
+        assert measured.metric_norm_N[n] == pytest.approx(dot(gradient, weighted), rel=1e-4)
         # a random direction is nearly at right angles, so rounding is to be compared with its length
         slopes = [dot(gradient, direction) for direction in directions]
         assert measured.slope_NG[n] == pytest.approx(slopes, rel=1e-4, abs=1e-4 * size)
@@ -138,7 +141,7 @@ def test_layers_that_get_the_tokens_of_all_samples_in_one_row_are_refused(proxy,
 def test_a_decoder_without_trainable_linear_layers_is_refused(proxy):
     frozen = proxy.copy()
     frozen.model.requires_grad_(False)
-    with pytest.raises(ModelError, match="has no trainable torch.nn.Linear; use score.method exact"):
+    with pytest.raises(ModelError, match=r"has no trainable torch\.nn\.Linear; use score\.method exact"):
         Taps(frozen)
 
 

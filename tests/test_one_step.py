@@ -73,7 +73,9 @@ def test_at_small_steps_utility_is_linear_and_then_quadratic_in_the_step():
 
 def test_the_polyak_step_brings_the_loss_to_zero_to_first_order():
     # loss r^2 / 2, squared gradient r^2 |x|^2
-    assert Quadratic(0.0, 0.0).scorer([Point((1.0, 0.0), 1.0)]).polyak_step(Point((1.0, 2.0), 7.0)) == pytest.approx(0.1)
+    assert Quadratic(0.0, 0.0).scorer([Point((1.0, 0.0), 1.0)]).polyak_step(Point((1.0, 2.0), 7.0)) == pytest.approx(
+        0.1
+    )
 
 
 # --- what has no gradient, no number, or no items ------------------------------------------------------------------
@@ -107,10 +109,16 @@ def test_targets_without_finite_loss_are_refused():
 
 def test_moved_weights_come_back_when_the_block_fails():
     weight = torch.nn.Parameter(torch.tensor([0.1, 0.7]))
-    before, steppable = weight.detach().clone(), Steppable([weight])
-    with pytest.raises(KeyboardInterrupt), steppable.moved([torch.ones(2)], 0.3):
-        assert weight.tolist() == pytest.approx([0.4, 1.0])
-        raise KeyboardInterrupt
+    before, seen = weight.detach().clone(), []
+
+    def interrupted():
+        with Steppable([weight]).moved([torch.ones(2)], 0.3):
+            seen.extend(weight.tolist())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == pytest.approx([0.4, 1.0])
     assert weight.equal(before)
 
 

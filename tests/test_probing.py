@@ -59,6 +59,13 @@ def test_halves_of_the_same_target_agree(scorer):
     assert found.rows[0].half_agreement == pytest.approx(1)
 
 
+def test_halves_that_want_opposite_things_do_not_agree():
+    found = scan(
+        Quadratic(0.0).scorer([Point((1.0,), 5.0), Point((1.0,), -5.0)]), [Point((1.0,), y) for y in (1, 2, 3)]
+    )
+    assert found.rows[0].half_agreement == pytest.approx(-1)
+
+
 def test_one_item_has_no_halves_that_could_agree():
     found = scan(Quadratic(0.0).scorer(TARGET[:1]), [Point((1.0,), 1.0), Point((1.0,), 2.0)])
     assert {row.half_agreement for row in found.rows} == {0}

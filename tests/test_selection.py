@@ -138,6 +138,15 @@ def test_equal_utilities_are_drawn_by_hash_and_said(caplog):
     assert 35 <= len(chosen & set(ids[:100])) <= 65  # the alphabet has no say
 
 
+def test_ties_between_domains_are_not_decided_by_the_order_of_rows():
+    choices = []
+    for domain in (["a", "b"], ["b", "a"]):
+        scores = make_scores([0.5, 0.5], id=["same", "same"], domain=domain)
+        selection = select(scores, Select(budget_samples=1), fraction=1.0)
+        choices.append(selection.kept_keys()[0].tolist())
+    assert choices[0] == choices[1]
+
+
 def test_sample_budget_is_shared_by_domains_in_proportion():
     domain = ["a"] * 40 + ["b"] * 20
     utility = np.concatenate([np.arange(40), 1000 + np.arange(20)])
@@ -226,6 +235,15 @@ def test_length_normalised_ranking_keeps_the_same_share_of_every_stratum():
     assert np.bincount(length[plain.kept], minlength=6)[1:].tolist() == [20, 20, 0, 0, 0]
     assert np.bincount(length[normalised.kept], minlength=6)[1:].tolist() == [8, 8, 8, 8, 8]
     assert set(np.flatnonzero(normalised.kept) % 20) == set(range(12, 20))  # the best of each
+
+
+def test_length_normalised_ranking_looks_at_each_domain_alone():
+    # were strata shared with b, whose short answers are better, all short answers of a would lose their place
+    domain = ["a"] * 40 + ["b"] * 120
+    supervised = np.repeat([1, 9, 1, 9], [20, 20, 100, 20])
+    scores = make_scores(np.repeat([0.0, 0.0, 1.0, -1.0], [20, 20, 100, 20]), domain=domain, supervised=supervised)
+    selection = select(scores, Select(drop_toxic=False), fraction=0.5, length_normalised=True)
+    assert selection.kept[:20].sum() == selection.kept[20:40].sum() == 10
 
 
 @pytest.mark.parametrize(("utility", "expected"), [([1.0, 2.0, 4.0], 1.0), ([3.0, 2.0, 1.0], -1.0), ([1.0] * 3, 0.0)])

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import tiny_families
-from conftest import TEXT_ONLY
 from datalloy.errors import ModelError
 from datalloy.scorers import TargetItems
 from datalloy.scorers.one_step import exact_scorer
@@ -24,10 +23,10 @@ def load(name, folder):
 
 
 @pytest.fixture(scope="module", params=["embedded", "qwen2_5_vl", "internvl", "gemma3"])
-def family(request, proxy, tmp_path_factory):
+def family(request, proxy, text_only, tmp_path_factory):
     """A model, target items of different lengths in several batches, one of them without a picture, and samples."""
     vlm = proxy if request.param == "embedded" else load(request.param, tmp_path_factory.mktemp("tail"))
-    encoded = [vlm.encode(sample) for sample in [*draw_samples(4), TEXT_ONLY]]
+    encoded = [vlm.encode(sample) for sample in [*draw_samples(4), text_only]]
     items = TargetItems.lay_out(vlm, {"a": encoded[:2], "b": encoded[2:]}, {"a": 1.0, "b": 3.0}, items_per_batch=3)
     return vlm, items, [vlm.encode(sample) for sample in draw_samples(2, seed=1)]
 
@@ -67,7 +66,9 @@ def test_a_family_that_adds_features_between_its_layers_is_refused(tmp_path):
     vlm = load("qwen3_vl", tmp_path)
     items = TargetItems.lay_out(vlm, {"a": [vlm.encode(sample) for sample in draw_samples(2)]}, {"a": 1.0})
     assert np.isfinite(TailReplay(vlm, items, 1).losses()).all()
-    with pytest.raises(ModelError, match="last 2 decoder layers of .* cannot be replayed alone.*use score.method exact"):
+    with pytest.raises(
+        ModelError, match=r"last 2 decoder layers of .* cannot be replayed alone.*use score\.method exact"
+    ):
         TailReplay(vlm, items, 2)
 
 

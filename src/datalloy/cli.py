@@ -238,3 +238,7 @@ def answer(arguments: Sequence[str]) -> int:
 def _refuse(message: str, code: int) -> int:
     print(f"datalloy: {message}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    main()

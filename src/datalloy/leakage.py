@@ -34,7 +34,7 @@ from datalloy.sample import ImageRef, Sample, open_image
 log = logging.getLogger(__name__)
 
 IMAGE_DISTANCE = 12  # bits of 256; see the measurement at the head of the file
-EDGE_LEVELS = 24  # a rise of grey between neighbours that is an edge and not noise of the encoding
+EDGE_LEVELS = 40  # a rise of grey between neighbours that is an edge and not noise of the encoding
 TOLERANCE = 36  # levels of 255: 25 for 10 % more brightness of white, the rest for JPEG and resampling
 MIN_SIMILARITY = 0.25
 DARK_FLOOR = (0.01 * 255) ** 2  # C1 of the paper
@@ -155,8 +155,8 @@ def text_key(sample: Sample) -> str:
 def perceptual_hash(picture: PIL.Image.Image) -> int:
     """A 256-bit difference hash: bit set where grey rises clearly from one cell to the next, on 16 rows of 17 cells.
 
-    The picture is reduced by Lanczos. A rise below 24 of 255 levels gives no bit: without that dead band the flat
-    grounds of charts and diagrams hash the noise of the encoding (18 bits away at JPEG 60, with it 3).
+    The picture is reduced by Lanczos. A rise of 40 of 255 levels or less gives no bit: without that dead band the
+    flat grounds of charts and diagrams hash the noise of the encoding.
     """
     grey = np.asarray(picture.convert("L").resize((17, 16), LANCZOS), dtype=np.int16)
     return int.from_bytes(np.packbits(np.diff(grey, axis=1) > EDGE_LEVELS).tobytes())
