@@ -22,13 +22,12 @@ from datalloy import scorers
 from datalloy.config import load_recipe
 from datalloy.evaluation import answer_losses, evaluate
 from datalloy.run import Run, write_json
-from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
 from datalloy.scorers.one_step import exact_scorer
+from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
 from datalloy.scorers.tail import TailReplay, tail_scorer
 from datalloy.tiny.demo import PLAN, RECIPE
 from datalloy.tiny.pools import read_truth, write_pool
 from datalloy.training import train
-from datalloy.uncertainty import rank_agreement
 from datalloy.workflows import Workflow
 
 MULTIPLES = {"tail": (0.25, 1.0, 2.0, 4.0, 8.0, 16.0), "exact": (0.25, 1.0, 2.0, 4.0, 8.0)}
@@ -81,7 +80,12 @@ def measure(workflow: Workflow, truth: dict, seed: int, methods: list[str], base
         falls = [scorer.score_at_steps(encoded[i], steps)[1] @ inputs.items.item_weight_V for i in range(len(pool))]
         for s, multiple in enumerate(multiples):
             rankings[(method, multiple)] = np.array(falls)[:, s]
-    arms = [(name, multiple, f) for (name, multiple) in rankings for f in FRACTIONS if (baselines or name in methods) and not (name == "oracle" and f == 0.2)]
+    arms = [
+        (name, multiple, f)
+        for (name, multiple) in rankings
+        for f in FRACTIONS
+        if (baselines or name in methods) and not (name == "oracle" and f == 0.2)
+    ]
     rows = []
     for name, multiple, fraction in ([("full", 0.0, 1.0)] if baselines else []) + arms:
         utility_N = rankings.get((name, multiple), np.zeros(len(pool)))
@@ -89,15 +93,22 @@ def measure(workflow: Workflow, truth: dict, seed: int, methods: list[str], base
         vlm = workflow._base.copy()
         train(vlm, encoded.pick(kept), workflow.recipe.train, None)
         values, losses = [], []
-        for key, samples in workflow.evaluation.items():
+        for samples in workflow.evaluation.values():
             values.append(evaluate(vlm, samples, "exact_match", workflow.recipe.evaluate).values_V)
             losses.append(answer_losses(vlm, [vlm.encode(s) for s in samples], batch_size=64))
         row = {
-            "seed": seed, "arm": name, "multiple": multiple, "fraction": fraction, "kept": len(kept),
-            "accuracy": float(np.concatenate(values).mean()), "loss": float(np.concatenate(losses).mean()),
-            "harmful_kept": float(harmful_N[kept].mean()), "hard_kept": float(hard_N[kept].mean()),
+            "seed": seed,
+            "arm": name,
+            "multiple": multiple,
+            "fraction": fraction,
+            "kept": len(kept),
+            "accuracy": float(np.concatenate(values).mean()),
+            "loss": float(np.concatenate(losses).mean()),
+            "harmful_kept": float(harmful_N[kept].mean()),
+            "hard_kept": float(hard_N[kept].mean()),
             "off_target_kept": float((fault_N[kept] == "off_target").mean()),
-            "negative": float((utility_N < 0).mean()), "polyak": polyaks.get(name),
+            "negative": float((utility_N < 0).mean()),
+            "polyak": polyaks.get(name),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -124,7 +135,10 @@ def main() -> None:
     started = time.monotonic()
     rows = [row for seed in args.seeds for row in run_seed(seed, args.methods, recipe, not args.no_baselines)]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    write_json(args.out, {"rows": rows, "commit": commit, "machine": platform.platform(), "seconds": time.monotonic() - started})
+    write_json(
+        args.out,
+        {"rows": rows, "commit": commit, "machine": platform.platform(), "seconds": time.monotonic() - started},
+    )
 
 
 if __name__ == "__main__":

@@ -161,10 +161,8 @@ def test_one_other_digit_makes_another_picture():
 
 
 def test_thin_pale_lines_make_another_picture():
-    pixels = np.full((320, 320, 3), 255, dtype=np.uint8)
-    across, down = pixels.copy(), pixels.copy()
-    across[160:162, 20:300] = (238, 130, 238)
-    down[20:300, 160:162] = (238, 130, 238)
+    across, down = np.full((2, 320, 320, 3), 255, dtype=np.uint8)
+    across[160, 20:300] = down[20:300, 160] = (255, 165, 0)
     assert not is_same_picture(PIL.Image.fromarray(across), PIL.Image.fromarray(down))
     assert is_same_picture(PIL.Image.fromarray(across), encoded(PIL.Image.fromarray(across), "JPEG", quality=60))
 
@@ -175,6 +173,8 @@ def test_flat_pictures_of_different_colour_are_different(other):
     flat, second = PIL.Image.new("RGB", (64, 64), (214, 40, 40)), PIL.Image.new("RGB", (64, 64), other)
     assert perceptual_hash(flat) == perceptual_hash(second) == 0
     assert not is_same_picture(flat, second)
+    item = make_sample("t", "Which colour?", "red", image(flat))
+    assert find_leaks([make_sample("p", "Which colour?", "red", image(second))], {"t": [item]}) == []
 
 
 def test_a_flat_picture_is_found_again():
@@ -231,10 +231,12 @@ def test_pictures_that_cannot_be_decoded_only_leak_exactly(caplog):
     assert "left out of the comparison of pictures" in caplog.text
 
 
-def test_only_pictures_under_a_guarded_question_are_decoded():
+def test_only_pictures_under_a_guarded_question_are_decoded_and_only_once():
     asked, other = image(draw("chart", 1)), image(draw("chart", 2))
     pool = [make_sample("p", "How high?", "3", asked), make_sample("q", "How low?", "3", other)]
-    guarded = {"t": [make_sample("t", "How high?", "3", image(draw("chart", 3)))]}
+    pool.append(make_sample("r", "How wide?", "3", asked))
+    picture = image(draw("chart", 3))
+    guarded = {"t": [make_sample("t", "How high?", "3", picture), make_sample("u", "How wide?", "3", picture)]}
     asked.reads.clear()
     other.reads.clear()
     find_leaks(pool, guarded)
@@ -292,6 +294,20 @@ def test_a_brighter_copy_in_the_pool_is_a_near_duplicate():
     picture = draw("counting", 0)
     pool = [make_sample(f"s{i}", "How many?", "3", image(p)) for i, p in enumerate((picture, brighter(picture)))]
     assert count_duplicates(pool) == {"exact": 0, "near": 1}
+
+
+def test_a_sample_is_in_one_group_of_duplicates_at_most():
+    # each grey looks like the next, 30 levels away, and like no other
+    greys = [PIL.Image.new("RGB", (64, 64), (level, level, level)) for level in (100, 130, 160, 190)]
+    pool = [make_sample(f"s{i}", "How grey?", "3", image(grey)) for i, grey in enumerate(greys)]
+    groups = [group.samples for group in find_duplicates(pool)]
+    assert groups == [(("pool", "s0"), ("pool", "s1")), (("pool", "s2"), ("pool", "s3"))]
+
+
+def test_samples_with_more_pictures_are_no_duplicates():
+    first, second = image(draw("table", 0)), image(draw("table", 1))
+    pool = [make_sample("a", "What?", "7", first), make_sample("b", "What?", "7", first, second)]
+    assert find_duplicates(pool) == []
 
 
 def test_copies_with_a_picture_that_cannot_be_decoded_are_exact_duplicates():

@@ -18,9 +18,7 @@ from datalloy.selection import Selection
 from datalloy.tiny.pools import PoolPlan, write_pool
 from datalloy.workflows import Workflow
 
-PLAN = PoolPlan(
-    samples={"chart": 24, "counting": 20}, targets=("chart", "counting"), target_items=12, holdout_items=8
-)
+PLAN = PoolPlan(samples={"chart": 24, "counting": 20}, targets=("chart", "counting"), target_items=12, holdout_items=8)
 RECIPE = """\
 name: small
 base: tiny
@@ -37,7 +35,14 @@ select: {bakeoff_arms: [tail, low_loss], bakeoff_fractions: [0.5], bakeoff_epoch
 train: {adapter: none, freeze_vision: false, learning_rate: 1e-3, batch_size: 4, samples: 48}
 evaluate: {max_new_tokens: 4, resamples: 100}
 """
-RESULTS = ("scores.parquet", "selection.parquet", "metrics.json", "bakeoff.json", "check.json", "model/model.safetensors")
+RESULTS = (
+    "scores.parquet",
+    "selection.parquet",
+    "metrics.json",
+    "bakeoff.json",
+    "check.json",
+    "model/model.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +140,10 @@ def test_a_target_item_in_the_pool_is_refused(recipe_path, tmp_path):
     with (tmp_path / "data" / "chart.jsonl").open("a") as file:
         file.write(leak)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    with Run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run") as run, pytest.raises(LeakageError, match="chart"):
+    with (
+        Run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run") as run,
+        pytest.raises(LeakageError, match="chart"),
+    ):
         Workflow(run).check()
 
 

@@ -23,6 +23,7 @@ from datalloy.selection import Selection
 
 SHOWN = 8  # samples in each gallery
 THUMBNAIL = 160  # pixels
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f4b; --bad: #b3261e; }
@@ -35,9 +36,11 @@ h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .8rem; }
-.card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; background: var(--soft); overflow-wrap: anywhere; }
+.card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; background: var(--soft);
+  overflow-wrap: anywhere; }
 .card img { width: 100%; max-width: 10rem; image-rendering: auto; border-radius: .3rem; }
-.good { color: var(--good); } .bad { color: var(--bad); } pre { overflow-x: auto; background: var(--soft); padding: .7rem; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+pre { overflow-x: auto; background: var(--soft); padding: .7rem; }
 """
 
 
@@ -69,7 +72,7 @@ def write_report(folder: Path) -> Path:
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{_text(recipe.name)}: what to train on</title><style>{STYLE}</style></head><body>"
         + "\n".join(body)
         + "</body></html>\n"
@@ -96,8 +99,8 @@ def _recommendation(selection: Selection, pool: int) -> str:
             else "which does not rule out that it is no better than keeping everything"
         )
         sentence += (
-            f" In short runs at equal compute its target loss was {over_full['mean']:.3f} nats per token lower than with the "
-            f"full pool (95 % interval {low:.3f} to {high:.3f}), {sure}."
+            f" In short runs at equal compute its target loss was {over_full['mean']:.3f} nats per token lower "
+            f"than with the full pool (95 % interval {low:.3f} to {high:.3f}), {sure}."
         )
     return sentence
 
@@ -105,7 +108,8 @@ def _recommendation(selection: Selection, pool: int) -> str:
 def _cost_note(folder: Path) -> str:
     units = [json.loads(p.read_text())["data"] for p in sorted((folder / "units").glob("*.json"))]
     seconds = sum(u.get("seconds", 0.0) for u in units)
-    return f'<p class="note">Training took {seconds:.0f} s in all. Every figure comes from this folder: {_text(str(folder))}</p>'
+    where = _text(str(folder))
+    return f'<p class="note">Training took {seconds:.0f} s in all. Every figure comes from this folder: {where}</p>'
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
@@ -154,8 +158,8 @@ def _trust(metadata: dict[str, Any]) -> str:
     agreement = metadata["agreement_with_exact"]
     low, high = agreement["interval"]
     lead = (
-        f"<p>Scores by <b>{_text(metadata['method'])}</b> at step {metadata['step']:.3g} agree with exact utility by Spearman "
-        f"{agreement['spearman']:.2f} (95 % interval {low:.2f} to {high:.2f}, {agreement['probes']} probes). "
+        f"<p>Scores by <b>{_text(metadata['method'])}</b> at step {metadata['step']:.3g} agree with exact utility by "
+        f"Spearman {agreement['spearman']:.2f} (95 % interval {low:.2f} to {high:.2f}, {agreement['probes']} probes). "
         f"Rounding moves a utility by {metadata['noise_floor']:.1e} nats.</p>"
     )
     rows = [
@@ -187,7 +191,8 @@ def _gallery(scores: Scores, selection: Selection, samples: dict[tuple[str, str]
         )
         question = " ".join(turn.text for turn in sample.turns if turn.role == "user")
         cards.append(
-            f'<div class="card">{pictures}<div>{_text(question[:300])}</div><div><b>{_text(sample.answer[:200])}</b></div>'
+            f'<div class="card">{pictures}<div>{_text(question[:300])}</div>'
+            f"<div><b>{_text(sample.answer[:200])}</b></div>"
             f'<div class="{kind}">utility {scores.utility[i]:+.4f}</div>'
             f'<div class="note">{_text(key[0])} / {_text(key[1])}, {"kept" if key in kept else "dropped"}</div></div>'
         )

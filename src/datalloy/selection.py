@@ -172,16 +172,18 @@ def select(
 
 
 def toxic_mask(scores: Scores, confidence: float) -> np.ndarray:
-    """Samples whose utility is below zero beyond its interval: `utility + z * utility_se < 0`, [N] bool.
+    """Samples that harm beyond their interval: `utility + z * utility_se < harm_below`, [N] bool.
 
-    One-sided: z is the normal quantile of `confidence`, 1.645 at 0.95. Never true where the scorer is not signed
-    (random, loss, length: below zero means nothing there), nor where the error was not measured.
+    One-sided: z is the normal quantile of `confidence`, 1.645 at 0.95. `harm_below` of the metadata is at most zero:
+    what clean samples do at the same step, where the scorer measured it, else zero. Never true where the scorer is
+    not signed (random, loss, length: below zero means nothing there), nor where the error was not measured.
     """
     if not scores.is_signed:
         return np.zeros(len(scores), bool)
     if np.isnan(scores.utility_se[scores.is_ok]).all():
         log.warning("the scores have no standard errors, so no sample can be called toxic")
-    return scores.utility + NormalDist().inv_cdf(confidence) * scores.utility_se < 0
+    margin_N = NormalDist().inv_cdf(confidence) * scores.utility_se
+    return scores.utility + margin_N < scores.metadata.get("harm_below", 0.0)
 
 
 def length_correlation(scores: Scores) -> float:

@@ -14,7 +14,7 @@ decided by small measured runs, not by the score alone (DESIGN 2.1, "from score 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from datalloy.run import Run, write_atomically, write_json
 from datalloy.sample import Sample
 from datalloy.scores import Scores
 from datalloy.selection import Selection, select
-from datalloy.training import training_flops, train
+from datalloy.training import train, training_flops
 from datalloy.vlm import VLM, EncodeError
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class Workflow:
             done = self.run.commit("check", files, {"counts": counts, "digest": digest, "rejected_at": rejected_at})
         if done["digest"] != digest:
             raise DataError(
-                f"the pictures or texts of {self.recipe.name} changed since {self.run.folder} was started, under the same "
-                "file names; put them back, or start a new run with --run"
+                f"the pictures or texts of {self.recipe.name} changed since {self.run.folder} was started, under the "
+                "same file names; put them back, or start a new run with --run"
             )
         pool_list = sorted((s for group in kept[0].values() for s in group), key=lambda s: (s.domain, s.id))
         return done["counts"], pool_list, kept[1], kept[2]
@@ -140,7 +140,7 @@ class Workflow:
         if policy == "error":
             raise LeakageError(
                 f"{leakage.describe(leaks)}\nA sample that is also a target gets the highest utility and every figure "
-                "after it is worthless. Remove these rows, or set leakage.on_leak: drop to have the pool's copies dropped"
+                "after it is worthless. Remove these rows, or set leakage.on_leak: drop to leave out the pool's copies"
             )
         log.warning("%s", leakage.describe(leaks))
         if policy == "allow":
@@ -182,14 +182,15 @@ class Workflow:
                     )
                 if bad > allowed * (kept + bad):
                     raise DataError(
-                        f"{section}.{name} ({source.path}): {bad} of {kept + bad} records were rejected, max_rejected_fraction is "
-                        f"{allowed}. Reasons: {counts['rejected_by_reason']}; every record is in {self.run.path('rejected.jsonl')}"
+                        f"{section}.{name} ({source.path}): {bad} of {kept + bad} records were rejected, "
+                        f"max_rejected_fraction is {allowed}. Reasons: {counts['rejected_by_reason']}; every record "
+                        f"is in {self.run.path('rejected.jsonl')}"
                     )
         for name in self.recipe.targets:
             if counts["targets"][name] < MIN_TARGET_ITEMS:
                 raise DataError(
-                    f"targets.{name} has {counts['targets'][name]} items, at least {MIN_TARGET_ITEMS} are needed to tell a "
-                    "utility from noise; about 100 are recommended"
+                    f"targets.{name} has {counts['targets'][name]} items, at least {MIN_TARGET_ITEMS} are needed to "
+                    "tell a utility from noise; about 100 are recommended"
                 )
 
     # --- models ------------------------------------------------------------------------------------------------
@@ -236,7 +237,8 @@ class Workflow:
             order = self._random_order("warm-up")
             chosen = order[: max(1, round(fraction * len(order)))]
             log.info("warm-up: tuning the proxy on %d samples", len(chosen))
-            settings = self._short_run(protocol="fixed_epochs", epochs=1.0, seed=self.recipe.score.seed)
+            # all weights: LoRA starts where half its gradient is zero, and scores there are a random projection
+            settings = self._train_settings(adapter="none", seed=self.recipe.score.seed)
             # a few steps even where 5 % of the pool is less than a batch
             steps = max(4, round(len(chosen) / settings.batch_size))
             trained = train(self._proxy_base.copy(), self._encoded_pool.pick(chosen), settings, folder, steps=steps)
@@ -245,9 +247,9 @@ class Workflow:
             )
         return VLM.load(str(folder), device=self.recipe.device)
 
-    def _short_run(self, **changes: Any) -> config.Train:
-        """Training settings of the proxy: all weights, because LoRA starts at a point where half its gradient is zero."""
-        return self.recipe.train.model_copy(update={"adapter": "none", "report_to": (), **changes})
+    def _train_settings(self, **changes: Any) -> config.Train:
+        """Training settings of runs that only measure."""
+        return self.recipe.train.model_copy(update={"report_to": (), **changes})
 
     def _random_order(self, purpose: str) -> list[int]:
         """Indices of the pool in an order drawn from the seed and each sample's content."""
@@ -344,7 +346,7 @@ class Workflow:
 
     @cached_property
     def _probing(self) -> scorers.Probing:
-        """Step sizes and exact utilities of the probes. Kept in the run folder: they are the dearest part of scoring."""
+        """Step sizes and exact utilities of the probes, kept in the run folder: the dearest part of scoring."""
         path = self.run.path("probes.npz")
         if (done := self.run.finished("probes")) is None:
             log.info("probing: %d probes scored exactly, step sizes scanned", len(self._probes))
@@ -358,15 +360,15 @@ class Workflow:
         metadata: dict[str, Any] = {"method": method, "signed": method != "loss"}
         if method == "loss":
             return metadata
-        agreement = scorers.agreement_with_exact(
-            self._scorer(method), self._probing, self._encoded_probes, self.recipe.score.seed
-        )
+        scorer = self._scorer(method)
+        agreement = scorers.agreement_with_exact(scorer, self._probing, self._encoded_probes, self.recipe.score.seed)
         return {
             **metadata,
             "step": self._probing.steps.get(method, self._probing.steps["exact"]),
             "step_rule": self.recipe.score.step_rule,
             "agreement_with_exact": scorers.agreement_metadata(agreement),
             "noise_floor": self._probing.noise_floor,
+            "harm_below": scorers.harm_threshold(scorer, self._scoring_inputs),
             "step_scans": dict(self._probing.scans),
         }
 
@@ -440,7 +442,7 @@ class Workflow:
             train(
                 vlm,
                 self._encoded_pool.pick(self._kept_indices(self.selection_of(arm))),
-                self._short_run(),
+                self._train_settings(),
                 None,
                 steps=steps,
             )
@@ -485,21 +487,19 @@ class Workflow:
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the base and the trained model on targets and held-out sets. Writes `metrics.json`."""
-        self.train()
-        metrics = {
-            "base": self._evaluate_model("base", lambda: self._base),
-            "model": self._evaluate_model(
-                "model", lambda: VLM.load(str(self.run.path("model")), device=self.recipe.device)
-            ),
-        }
+        model = self.train()
+        metrics = {"base": self._evaluate_model("base", None), "model": self._evaluate_model("model", model)}
         write_json(self.run.path("metrics.json"), metrics)
         return metrics
 
-    def _evaluate_model(self, name: str, load: Callable[[], VLM]) -> dict[str, Any]:
-        """Metric and answer loss on every set, with intervals; item values go to `evaluation/NAME.json`."""
+    def _evaluate_model(self, name: str, folder: Path | None) -> dict[str, Any]:
+        """The metric of every set with its interval; values and answers of all items go to `evaluation/NAME.json`.
+
+        `folder` is a checkpoint; None is the base.
+        """
         path = self.run.path(f"evaluation/{name}.json")
         if self.run.finished(f"evaluation/{name}") is None:
-            vlm = load()
+            vlm = self._base if folder is None else VLM.load(str(folder), device=self.recipe.device)
             sets = {**self.recipe.targets, **self.recipe.evaluation}
             samples = {**self.targets, **self.evaluation}
             results = {
@@ -535,7 +535,7 @@ class Workflow:
             folder = self.run.path(f"compare/{name}")
             indices = self._kept_indices(self.selection_of(arm))
             self._train_on(indices, f"compare/{name}", folder)
-            results = self._evaluate_model(name, lambda folder=folder: VLM.load(str(folder), device=self.recipe.device))
+            results = self._evaluate_model(name, folder)
             table[name] = {"kept": len(indices), "sets": results}
         return table
 

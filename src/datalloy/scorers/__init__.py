@@ -36,12 +36,14 @@ __all__ = [
     "TargetItems",
     "agreement_metadata",
     "agreement_with_exact",
+    "harm_threshold",
     "prepare",
     "probe",
 ]
 
 SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size
 NOISE_PROBES = 6
+HARM_QUANTILE = 0.05  # of the target items' own utilities: a sample below it is worse than clean samples are
 
 
 class Scorer(Protocol):
@@ -151,6 +153,19 @@ def agreement_with_exact(scorer: Scorer, probing: Probing, probes: Sequence[Enco
     both = np.isfinite(utility_N) & np.isfinite(exact_N)
     interval = rank_agreement_interval(utility_N[both], exact_N[both], seed=seed)
     return Agreement(rank_agreement(utility_N[both], exact_N[both]), interval, int(both.sum()))
+
+
+def harm_threshold(scorer: Scorer, inputs: ScoringInputs) -> float:
+    """The utility below which a sample is called harmful, nats per token, never above zero.
+
+    For finite steps: what all but the worst 5 % of the target items themselves do better than, each stepped on and
+    measured on the others. For all other scorers: zero, as the definition says.
+    """
+    if not isinstance(scorer, OneStepScorer):
+        return 0.0
+    flat = [item for group in inputs.targets.values() for item in group]
+    clean_V = scorer.clean_utilities(flat)
+    return min(0.0, float(np.quantile(clean_V[np.isfinite(clean_V)], HARM_QUANTILE)))
 
 
 def agreement_metadata(agreement: Agreement) -> dict[str, Any]:

@@ -96,6 +96,21 @@ class OneStepScorer:
                 falls.append(self.before_V - self.target_losses())
         return loss, np.array(falls)
 
+    def clean_utilities(self, items: Sequence[Encoded]) -> np.ndarray:
+        """Utility of stepping on each target item itself, measured on all the others, [V], nats per token.
+
+        What a sample does that is known to be clean and wanted. At a step of useful size nearly every single sample
+        moves the model too far and has a utility below zero, these included; harm is what does worse than they do.
+        `items` are the encoded items in the order of V.
+        """
+        utilities = []
+        for v, item in enumerate(items):
+            _, falls = self.score_at_steps(item, (self.step,))
+            weight_V = self.items.item_weight_V.copy()
+            weight_V[v] = 0.0
+            utilities.append(float(falls[0] @ weight_V / weight_V.sum()))
+        return np.array(utilities)
+
     def polyak_step(self, sample: Encoded) -> float:
         """The step that, to first order, would bring the sample's own loss to zero: `l / <g, d>`.
 

@@ -92,8 +92,9 @@ def _comparison(run: Path) -> Iterator[str]:
         margin = paired_interval(values[label], reference, confidence=0.95, resamples=2000, seed=0)
         gain = float((values[label] - reference).mean())
         against = "" if label == "full SFT" else f"{gain:+.3f} {_bracket(margin, '+.3f')}"
-        yield f"{label:<34}{_kept(run, name):>6}{values[label].mean():>10.3f}  {_bracket(interval, '.3f'):<16}{against:<26}"
-    yield f"accuracy on {len(reference)} held-out questions; equal compute for all trained rows; intervals over items, one seed"
+        accuracy = f"{values[label].mean():>10.3f}  {_bracket(interval, '.3f'):<16}"
+        yield f"{label:<34}{_kept(run, name):>6}{accuracy}{against}"
+    yield f"{len(reference)} held-out questions; equal compute for all trained rows; one seed, intervals over items"
 
 
 def _agreement(path: Path) -> Iterator[str]:
