@@ -4,7 +4,8 @@
 
 For every seed a faulty pool is drawn, every sample is scored by the tail and the exact step at several multiples of
 the Polyak step, and the base is trained on the top 50 % and 20 % of each domain, at equal compute, beside full,
-random, low loss and the clean samples alone (an oracle). This chooses `scorers.probing.DEFAULT_MULTIPLE`.
+random, low loss and the clean samples alone (an oracle). This chooses
+`scorers.probing.DEFAULT_EFFECT`: rows tell the effect of every step.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from datalloy.tiny.pools import read_truth, write_pool
 from datalloy.training import train
 from datalloy.workflows import Workflow
 
-MULTIPLES = {"tail": (0.25, 1.0, 2.0, 4.0, 8.0, 16.0), "exact": (0.25, 1.0, 2.0, 4.0, 8.0)}
+MULTIPLES = {"tail": (0.25, 1.0, 4.0, 16.0), "exact": (0.25, 1.0, 4.0)}
 FRACTIONS = (0.5, 0.2)
 
 
@@ -64,6 +65,7 @@ def measure(workflow: Workflow, truth: dict, seed: int, methods: list[str], base
     loss_N = loss_scorer.score([encoded[i] for i in range(len(pool))]).loss_N
     rng = np.random.default_rng(seed)
     polyaks: dict[str, float] = {}
+    effects: dict[tuple[str, float], float] = {}
     rankings = {("random", 0.0): rng.random(len(pool)), ("low_loss", 0.0): -loss_N}
     rankings[("oracle", 0.0)] = np.where(np.isin(fault_N, ("clean", "near_copy")), rng.random(len(pool)), -1.0)
     for method in methods:
@@ -78,7 +80,9 @@ def measure(workflow: Workflow, truth: dict, seed: int, methods: list[str], base
         polyaks[method] = polyak
         steps = [m * polyak for m in multiples]
         falls = [scorer.score_at_steps(encoded[i], steps)[1] @ inputs.items.item_weight_V for i in range(len(pool))]
+        target_loss = scorer.before_V @ inputs.items.item_weight_V
         for s, multiple in enumerate(multiples):
+            effects[(method, multiple)] = float(np.median(np.abs(np.array(falls)[:, s])) / target_loss)
             rankings[(method, multiple)] = np.array(falls)[:, s]
     arms = [
         (name, multiple, f)
@@ -109,6 +113,7 @@ def measure(workflow: Workflow, truth: dict, seed: int, methods: list[str], base
             "off_target_kept": float((fault_N[kept] == "off_target").mean()),
             "negative": float((utility_N < 0).mean()),
             "polyak": polyaks.get(name),
+            "effect": effects.get((name, multiple)),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

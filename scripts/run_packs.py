@@ -7,7 +7,6 @@ trained at equal compute. Resumable: run the same command again.
 """
 
 import argparse
-import json
 import logging
 import os
 import platform

@@ -167,6 +167,13 @@ def test_thin_pale_lines_make_another_picture():
     assert is_same_picture(PIL.Image.fromarray(across), encoded(PIL.Image.fromarray(across), "JPEG", quality=60))
 
 
+def test_thin_coloured_lines_are_found_again_after_jpeg_halved_their_colour():
+    lines = np.full((200, 200, 3), 255, dtype=np.uint8)
+    lines[20:180:30, 20:180] = (0, 0, 255)
+    picture = PIL.Image.fromarray(lines)
+    assert is_same_picture(picture, encoded(picture, "JPEG", quality=60))
+
+
 @pytest.mark.parametrize("other", [(40, 80, 210), (255, 255, 255), (0, 0, 0), (140, 140, 140)])
 def test_flat_pictures_of_different_colour_are_different(other):
     # flat pictures all have the hash 0, and (214, 40, 40) has nearly the grey of (40, 80, 210)

@@ -246,6 +246,13 @@ def test_length_normalised_ranking_looks_at_each_domain_alone():
     assert selection.kept[:20].sum() == selection.kept[20:40].sum() == 10
 
 
+def test_unscored_samples_do_not_shape_the_strata():
+    utility, length = [1.0] * 20 + [0.0] * 20 + [None] * 200, np.repeat([1, 9, 0], [20, 20, 200])
+    scores = make_scores(utility, supervised=length, state=["ok"] * 40 + ["no_supervision"] * 200)
+    selection = select(scores, Select(), fraction=0.5, length_normalised=True)
+    assert selection.kept[:20].sum() == selection.kept[20:40].sum() == 10
+
+
 @pytest.mark.parametrize(("utility", "expected"), [([1.0, 2.0, 4.0], 1.0), ([3.0, 2.0, 1.0], -1.0), ([1.0] * 3, 0.0)])
 def test_length_correlation_is_that_of_ranks(utility, expected):
     assert length_correlation(make_scores(utility, supervised=[1, 5, 100])) == pytest.approx(expected)

@@ -106,6 +106,7 @@ class Score(Section):
         0.6, description="calibrated refuses when its held-out Spearman with exact on the probes is lower."
     )
     length_normalised: bool = Field(False, description="Rank within strata of answer length instead of across them.")
+    contributions: bool = Field(False, description="Also store what each sample does to every single target item.")
     batch_size: Count = Field(16, description="Samples per forward pass; does not change the results.")
     seed: Seed = 0
 
@@ -186,7 +187,7 @@ class Leakage(Section):
         "error", description="error: refuse. drop: reject the pool's copy. allow: only report."
     )
     image_distance: Annotated[int, Field(ge=0, le=64)] = Field(
-        4, description="Bits of 256 in which the perceptual hashes of near-identical pictures may differ."
+        12, description="Bits of 256 in which the perceptual hashes of near-identical pictures may differ."
     )
 
 

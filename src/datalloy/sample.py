@@ -90,12 +90,10 @@ def open_image(image: ImageRef) -> PIL.Image.Image:
 
     Raises OSError or ValueError with a plain reason when the bytes are not a picture we accept.
     """
-    with PIL.Image.open(io.BytesIO(image.read()), formats=IMAGE_FORMATS) as opened:
-        width, height = opened.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"picture of {width}x{height} pixels, at most {MAX_IMAGE_PIXELS:,} are allowed")
-        opened.load()
-        picture = PIL.ImageOps.exif_transpose(opened)
+    try:
+        picture = _decode(image.read())
+    except (PIL.Image.DecompressionBombError, SyntaxError) as error:  # Pillow's words for some damaged PNGs
+        raise ValueError(str(error)) from error
     if picture.mode.startswith("I"):  # 16-bit greys: Pillow would clip, not scale
         picture = picture.point(lambda value: value / 256).convert("L")
     if picture.mode in ("F", "LAB"):
@@ -104,6 +102,16 @@ def open_image(image: ImageRef) -> PIL.Image.Image:
         white = PIL.Image.new("RGBA", picture.size, "white")
         picture = PIL.Image.alpha_composite(white, picture.convert("RGBA"))
     return picture.convert("RGB")
+
+
+def _decode(data: bytes) -> PIL.Image.Image:
+    """The first frame, upright. The size is checked before any pixel is decoded."""
+    with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"picture of {width}x{height} pixels, at most {MAX_IMAGE_PIXELS:,} are allowed")
+        opened.load()
+        return PIL.ImageOps.exif_transpose(opened)
 
 
 Part = str | ImageRef

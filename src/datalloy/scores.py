@@ -79,7 +79,7 @@ class Scores:
         utility_by_target: Mapping[str, Sequence[float | None] | np.ndarray],
         utility_se: Sequence[float | None] | np.ndarray,
         state: Sequence[str] | np.ndarray,
-        contributions: Sequence[Sequence[float] | np.ndarray | None] | None = None,
+        contributions: Sequence[Sequence[float] | np.ndarray | None] | np.ndarray | None = None,
         metadata: Mapping[str, Any],
     ) -> "Scores":
         """Scores from columns of equal length; None and NaN both mean that there is no number.

@@ -143,7 +143,8 @@ def select(
         group_N = np.unique(scores.domain, return_inverse=True)[1]
     cell_N = group_N
     if length_normalised:
-        cell_N = group_N * MAX_STRATA + length_strata(scores.supervised_tokens, group_N)
+        cell_N = group_N * MAX_STRATA
+        cell_N[is_ok_N] += length_strata(scores.supervised_tokens[is_ok_N], group_N[is_ok_N])
     place_N = _places(_value_per_cost(scores, settings, cost_N), cell_N, tie_N, is_ok_N)
     queue = np.lexsort([tie_N, place_N])
     queue = queue[is_ok_N[queue]]

@@ -168,7 +168,9 @@ class Workflow:
             "rejected_by_reason": dict(sorted(reasons.items())),
             "rejected_by_file": by_file,
             "read": read,
-            "duplicates": leakage.count_duplicates([s for group in kept[0].values() for s in group]),
+            "duplicates": leakage.count_duplicates(
+                [s for group in kept[0].values() for s in group], image_distance=self.recipe.leakage.image_distance
+            ),
         }
 
     def _refuse_over_budget(self, counts: dict[str, Any]) -> None:
@@ -314,6 +316,7 @@ class Workflow:
             utility_by_target=dict(zip(self.targets, utility_NG.T, strict=True)),
             utility_se=np.where(block.finite_N, block.error_N, np.nan),
             state=np.where(block.finite_N, "ok", "nonfinite"),
+            contributions=block.fall_NV if self.recipe.score.contributions else None,
             metadata={"method": method, "signed": scorer.signed},
         )
 

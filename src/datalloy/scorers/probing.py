@@ -1,10 +1,16 @@
 """Probes in, a step size and what is known about it out.
 
-The step size is the method's most important silent parameter. It is scanned on probes drawn from the pool, in
-multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order, median over
-probes), which makes one grid fit all models and step rules. For every step the scan reports the share of negative
-utilities, how far the ranking agrees between two halves of the target items, and how far it agrees with the
-smallest step; the noise floor says what rounding alone moves.
+The step size is the method's most important silent parameter. A step that matters is one after which the targets'
+loss has visibly changed: the default is the step at which the median probe changes it by `DEFAULT_EFFECT`. That is
+one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple of the Polyak step (which
+grows without bound as the proxy learns). Much smaller steps rank by the gradient dot product, which trains badly;
+at the default nearly every single sample has a utility below zero, so harm is judged against clean samples
+(`OneStepScorer.clean_utilities`), not against zero. Evidence: experiments/step_size.py and its results.
+
+The scan tries multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order,
+median over probes). For every step it reports the share of negative utilities, how far the ranking agrees between
+two halves of the target items, and how far it agrees with the smallest step; the noise floor says what rounding
+alone moves.
 """
 
 from collections.abc import Sequence
@@ -19,22 +25,23 @@ from datalloy.scorers.targets import TargetItems
 from datalloy.uncertainty import rank_agreement
 from datalloy.vlm import Encoded
 
-# Multiples of the Polyak step that are tried, and the one that trains best in the project's evidence.
-GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-DEFAULT_MULTIPLE = 1 / 4
+GRID = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # multiples of the Polyak step
+DEFAULT_EFFECT = 0.2  # median change of the targets' loss by one step, relative to that loss
 
 
 @dataclass(frozen=True)
 class StepRow:
     """One step size of the scan. `multiple` is in Polyak steps; utilities are medians over probes, nats per token.
 
-    Agreements are Spearman's, 0 where it is not defined: a target with one item has no halves.
+    `effect` is the median absolute utility relative to the targets' loss. Agreements are Spearman's, 0 where it is not
+    defined: a target with one item has no halves.
     """
 
     step: float
     multiple: float
     negative_fraction: float
     median_utility: float
+    effect: float
     half_agreement: float
     smallest_step_agreement: float
 
@@ -52,7 +59,9 @@ class StepScan:
 
 
 def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: float | None, seed: int) -> StepScan:
-    """Try every step of the grid on the probes; choose `wanted` if given, else the default multiple.
+    """Try every step of the grid on the probes; choose `wanted` if given, else the step of default effect.
+
+    The latter is interpolated between the rows on logarithmic scales, and never outside the grid.
 
     Probes without a finite loss or without a gradient have no Polyak step and are left out; so is the row of a step
     after which no utility is finite.
@@ -71,6 +80,7 @@ def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: floa
         [scorer.score_at_steps(probe, steps)[1] for probe, ok in zip(probes, usable, strict=True) if ok]
     )
     utility_NS = fall_NSV @ scorer.items.item_weight_V
+    target_loss = float(scorer.before_V @ scorer.items.item_weight_V)
     halves = [fall_NSV @ weights for weights in _half_weights(scorer.items, seed)]
     rows = tuple(
         StepRow(
@@ -78,6 +88,7 @@ def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: floa
             multiple=multiple,
             negative_fraction=float((finite_N < 0).mean()),
             median_utility=float(np.median(finite_N)),
+            effect=float(np.median(np.abs(finite_N)) / target_loss),
             half_agreement=_agreement(halves[0][:, s], halves[1][:, s]),
             smallest_step_agreement=_agreement(utility_NS[:, s], utility_NS[:, 0]),
         )
@@ -86,9 +97,24 @@ def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: floa
     )
     if wanted is not None:
         return StepScan(rows, wanted, "given in the recipe")
+    chosen = step_of_effect(rows, DEFAULT_EFFECT)
     return StepScan(
-        rows, DEFAULT_MULTIPLE * polyak, f"{DEFAULT_MULTIPLE:g} of the Polyak step (median of {usable.sum()} probes)"
+        rows, chosen, f"the median of {usable.sum()} probes changes the targets' loss by {DEFAULT_EFFECT:.0%}"
     )
+
+
+def step_of_effect(rows: Sequence[StepRow], effect: float) -> float:
+    """The step with a given effect: between rows on logarithmic scales, at the nearest end where none reaches it."""
+    reached = next((i for i, row in enumerate(rows) if row.effect >= effect), len(rows))
+    if reached == 0:
+        return rows[0].step
+    if reached == len(rows):
+        return rows[-1].step
+    below, above = rows[reached - 1], rows[reached]
+    if below.effect == 0:
+        return above.step
+    share = np.log(effect / below.effect) / np.log(above.effect / below.effect)
+    return float(below.step * (above.step / below.step) ** share)
 
 
 def noise_floor(scorer: OneStepScorer, other: OneStepScorer, probes: Sequence[Encoded]) -> float:
