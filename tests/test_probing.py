@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datalloy.errors import ModelError
-from datalloy.scorers.probing import DEFAULT_MULTIPLE, GRID, noise_floor, scan_steps
+from datalloy.scorers.probing import DEFAULT_EFFECT, GRID, StepRow, noise_floor, scan_steps, step_of_effect
 from quadratic import Point, Quadratic
 
 TARGET = [Point((1.0,), 1.0), Point((1.0,), 1.5), Point((1.0,), 0.5), Point((1.0,), 2.0)]
@@ -19,14 +19,30 @@ def scan(scorer, probes, wanted=None):
     return scan_steps(scorer, probes, wanted=wanted, seed=0)
 
 
-def test_the_default_step_is_a_multiple_of_the_median_polyak_step(scorer):
+def row(step, effect):
+    return StepRow(step, step, 0.5, 0.0, effect, 0.0, 0.0)
+
+
+def test_the_step_of_an_effect_lies_between_the_rows_around_it():
+    rows = [row(0.1, 0.02), row(1.0, 0.2), row(10.0, 2.0)]
+    assert step_of_effect(rows, 0.2) == pytest.approx(1.0)
+    assert step_of_effect(rows, 0.02 * 10**0.5) == pytest.approx(0.1 * 10**0.5)
+
+
+def test_the_step_of_an_effect_never_leaves_the_grid():
+    rows = [row(0.1, 0.02), row(1.0, 0.2)]
+    assert step_of_effect(rows, 0.001) == 0.1
+    assert step_of_effect(rows, 5.0) == 1.0
+
+
+def test_the_scan_tries_multiples_of_the_median_polyak_step(scorer):
     # Polyak steps 1 / (2 x^2): 0.5, 0.125, 2
     probes = [Point((1.0,), 3.0), Point((2.0,), 1.0), Point((0.5,), -1.0)]
     found = scan(scorer, probes)
-    assert found.chosen == pytest.approx(DEFAULT_MULTIPLE * 0.5)
     assert [row.multiple for row in found.rows] == list(GRID)
     assert [row.step for row in found.rows] == pytest.approx([multiple * 0.5 for multiple in GRID])
-    assert found.reason == "0.25 of the Polyak step (median of 3 probes)"
+    assert found.chosen == step_of_effect(found.rows, DEFAULT_EFFECT)
+    assert found.reason == "the median of 3 probes changes the targets' loss by 20%"
 
 
 def test_a_wanted_step_is_chosen_and_stands_among_the_rows_in_its_place(scorer):
@@ -51,7 +67,7 @@ def test_a_ranking_that_turns_with_the_step_does_not_agree_with_the_smallest_ste
     found = scan(scorer, [Point((1.0,), answer) for answer in (2.0, 3.0, 4.0, 5.0)])
     agreements = {row.multiple: row.smallest_step_agreement for row in found.rows}
     assert agreements[GRID[0]] == pytest.approx(1)
-    assert agreements[2] == pytest.approx(-1)  # w lands on the answer, and all are past the target
+    assert agreements[4] == pytest.approx(-1)  # w lands at twice the answer, and all are past the target
 
 
 def test_halves_of_the_same_target_agree(scorer):
@@ -73,7 +89,7 @@ def test_one_item_has_no_halves_that_could_agree():
 
 def test_one_probe_is_enough_for_a_step(scorer):
     found = scan(scorer, [Point((1.0,), 1.0)])
-    assert found.chosen == pytest.approx(DEFAULT_MULTIPLE * 0.5)
+    assert found.chosen == step_of_effect(found.rows, DEFAULT_EFFECT)
     assert {row.smallest_step_agreement for row in found.rows} == {0}
 
 

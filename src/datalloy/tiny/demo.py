@@ -23,7 +23,7 @@ from datalloy.uncertainty import Interval, bootstrap_interval, paired_interval
 from datalloy.workflows import Workflow
 
 PLAN = PoolPlan(
-    samples={"chart": 240, "counting": 240, "table": 160},
+    samples={"chart": 320, "counting": 320, "table": 160},
     targets=("chart", "counting"),
     target_items=96,
     holdout_items=200,
@@ -52,13 +52,13 @@ evaluation:
   chart-holdout: {path: data/chart.holdout.jsonl, metric: exact_match}
   counting-holdout: {path: data/counting.holdout.jsonl, metric: exact_match}
 score: {method: auto, target_items: 48, probes: 64, warmup_fraction: 0.05}
-select: {keep_fraction: auto, bakeoff_epochs: 10}
+select: {keep_fraction: auto, bakeoff_epochs: 12}
 train:
   adapter: none
   freeze_vision: false
   learning_rate: 1e-3
   batch_size: 16
-  samples: 1600
+  samples: 4800
 evaluate: {max_new_tokens: 12}
 """
 

@@ -2,6 +2,9 @@
 
 Files are ordinary `messages` JSONL with PNG pictures, as a user would have them. What is wrong with which sample
 stands in `truth.jsonl` beside them, for measuring only: no recipe names that file.
+
+Easy samples ask what the embedded model was taught. Hard ones ask for the same numbers in words, a form of answer it
+has seldom been asked for: clean, of a high loss, and what the targets need. So "low loss" is not automatically right.
 """
 
 import json
@@ -15,6 +18,10 @@ import PIL.Image
 
 from datalloy.tiny.world import DRAW, FAULTS, Drawing, Question
 
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+)
 WORDS = ("amber", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "jungle", "kettle")
 
 
@@ -105,10 +112,26 @@ def _question_row(
 ) -> tuple[dict, bool, Drawing, Question]:
     drawing = DRAW[skill](rng)
     hard = rng.random() < hard_share
-    pool = [q for q in drawing.questions if q.hard is hard] or drawing.questions
-    question = rng.choice(pool)
+    question = rng.choice(pool_questions(drawing, hard=hard))
     _save(folder, sample_id, drawing.pixels)
-    return _row(sample_id, question.text, question.answer, image=True), question.hard, drawing, question
+    return _row(sample_id, question.text, question.answer, image=True), hard, drawing, question
+
+
+def pool_questions(drawing: Drawing, *, hard: bool) -> list[Question]:
+    """What a pool asks about a picture: the taught questions, or those with a number for an answer, in words."""
+    taught = [question for question in drawing.questions if not question.hard]
+    if not hard:
+        return taught
+    numeric = [q for q in taught if q.answer.isdigit()] or [q for q in drawing.questions if q.answer.isdigit()]
+    return [
+        Question(
+            q.text.replace("?", " in words?"),
+            NUMBERS[int(q.answer)],
+            tuple(NUMBERS[int(alternative)] for alternative in q.alternatives),
+            hard=True,
+        )
+        for q in numeric
+    ]
 
 
 def _clean_row(folder: Path, sample_id: str, skill: str, hard_share: float, rng: random.Random) -> tuple[dict, bool]:
@@ -125,11 +148,10 @@ def _near_copy(folder: Path, sample_id: str, original: tuple[dict, Drawing, bool
 
 def _foreign_question(drawing: Drawing, question: Question, rng: random.Random) -> tuple[str, str]:
     """A question of the same difficulty about another picture, whose answer is not right for this picture."""
-    own = {(q.text, q.answer) for q in drawing.questions}
+    own = {(q.text, q.answer) for q in pool_questions(drawing, hard=question.hard)}
     while True:
-        other = DRAW[drawing.skill](rng)
-        foreign = [q for q in other.questions if q.hard is question.hard and (q.text, q.answer) not in own]
-        if foreign:
+        other = pool_questions(DRAW[drawing.skill](rng), hard=question.hard)
+        if foreign := [q for q in other if (q.text, q.answer) not in own]:
             picked = rng.choice(foreign)
             return picked.text, picked.answer
 
