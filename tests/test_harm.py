@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datalloy.scorers import harm_threshold
+from datalloy.scorers import harm_below
 from datalloy.scores import Scores
 from datalloy.selection import toxic_mask
 from quadratic import Point, Quadratic
@@ -53,8 +53,11 @@ def test_without_a_measured_threshold_harm_starts_at_zero():
     assert toxic_mask(scores([-0.1, 0.1], 0.0), 0.95).tolist() == [True, False]
 
 
-def test_scorers_without_a_finite_step_have_the_threshold_zero():
-    class Unstepped:
-        signed = True
-
-    assert harm_threshold(Unstepped(), None) == 0.0
+def test_harm_begins_below_nearly_all_clean_samples_and_never_above_zero():
+    scorer = Quadratic(0.0).scorer(TARGET)
+    scorer.step = 0.1  # every item pulls towards all others: all clean utilities are positive
+    assert harm_below(scorer, {"0": TARGET}) == 0.0
+    scorer.step = 4.0  # far beyond every target
+    clean_V = scorer.clean_utilities(TARGET)
+    assert harm_below(scorer, {"0": TARGET}) == pytest.approx(np.quantile(clean_V, 0.05))
+    assert (clean_V < 0).all()

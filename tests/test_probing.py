@@ -42,7 +42,7 @@ def test_the_scan_tries_multiples_of_the_median_polyak_step(scorer):
     assert [row.multiple for row in found.rows] == list(GRID)
     assert [row.step for row in found.rows] == pytest.approx([multiple * 0.5 for multiple in GRID])
     assert found.chosen == step_of_effect(found.rows, DEFAULT_EFFECT)
-    assert found.reason == "the median of 3 probes changes the targets' loss by 20%"
+    assert found.reason == "the median of 3 probes changes the targets' loss by 200%"
 
 
 def test_a_wanted_step_is_chosen_and_stands_among_the_rows_in_its_place(scorer):

@@ -49,7 +49,13 @@ def probing(proxy, probes):
     utility_NG = np.column_stack([loss_N - loss_N.mean(), 1 - loss_N / 8])
     zeros_N = np.zeros(len(probes))
     exact = ScoreBlock(loss_N, utility_NG, utility_NG @ [0.25, 0.75], zeros_N)
-    return Probing(scans={}, steps={"exact": 0.04, "tail": 0.5}, exact=exact, noise_floor=0.0)
+    return Probing(
+        scans={},
+        steps={"exact": 0.04, "tail": 0.5},
+        harm_below={"exact": 0.0, "tail": 0.0},
+        exact=exact,
+        noise_floor=0.0,
+    )
 
 
 @pytest.fixture(scope="module", params=[*TARGETED, "calibrated", "loss"])
@@ -76,7 +82,7 @@ def test_a_small_step_on_the_target_item_itself_helps(method, rule, proxy, drawn
     items = TargetItems.lay_out(proxy, {"only": [item]}, {"only": 1.0})
     inputs = make_inputs(proxy, items, {"only": [item]}, pool[:8], step_rule=rule)
     step = {"sgd": 1e-3, "unit_norm": 1e-2, "adamw": 1e-4}[rule]
-    scorer = prepare(method, inputs, Probing({}, {"exact": step, "tail": step}, None, 0.0), [])
+    scorer = prepare(method, inputs, Probing({}, {"exact": step, "tail": step}, {}, None, 0.0), [])
     assert scorer.score([item]).utility_N[0] > 1e-5
 
 
@@ -186,7 +192,7 @@ def adapted(proxy):
 def test_of_an_adapted_proxy_the_adapter_alone_is_moved(method, adapted, targets, pool):
     items = TargetItems.lay_out(adapted, targets, {"first": 1.0, "second": 3.0})
     inputs = make_inputs(adapted, items, targets, pool[:4])
-    scorer = prepare(method, inputs, Probing({}, {"exact": 0.01, "tail": 0.01}, None, 0.0), [])
+    scorer = prepare(method, inputs, Probing({}, {"exact": 0.01, "tail": 0.01}, {}, None, 0.0), [])
     moved = scorer.taps.weights() if method == "first_order_hooks" else scorer.steppable.parameters
     names = {id(parameter): name for name, parameter in adapted.model.named_parameters()}
     assert moved

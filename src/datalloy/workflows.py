@@ -24,7 +24,7 @@ import numpy as np
 
 from datalloy import bakeoff, config, leakage, readers, scorers
 from datalloy.encoding import EncodedSamples
-from datalloy.errors import DataError, LeakageError
+from datalloy.errors import AgreementError, DataError, LeakageError
 from datalloy.evaluation import Evaluation, evaluate
 from datalloy.exporters import export_rows
 from datalloy.progress import track
@@ -266,12 +266,25 @@ class Workflow:
 
         Writes `scores/METHOD.parquet`, and the first of them as `scores.parquet`.
         """
-        tables = [self._table(method) for method in self._methods]
+        tables = self._tables
         target = self.run.path("scores.parquet")
         if self.run.finished("scores") is None:
-            tables[0].write(target)
+            next(iter(tables.values())).write(target)
             self.run.commit("scores", [target])
-        return tables[0]
+        return next(iter(tables.values()))
+
+    @cached_property
+    def _tables(self) -> dict[str, Scores]:
+        """One table a scorer. A cheap scorer that disagrees with exact is left out where others are raced with it."""
+        tables = {}
+        for method in self._methods:
+            try:
+                tables[method] = self._table(method)
+            except AgreementError as error:
+                if self.recipe.score.method != "auto":
+                    raise
+                log.warning("%s is left out of the bake-off: %s", method, error)
+        return tables or {"loss": self._table("loss")}
 
     @property
     def _methods(self) -> list[str]:
@@ -355,7 +368,12 @@ class Workflow:
             log.info("probing: %d probes scored exactly, step sizes scanned", len(self._probes))
             probing = scorers.probe(self._scoring_inputs, self._methods, self._encoded_probes)
             write_atomically(path, probing.exact.to_bytes())
-            settings = {"scans": probing.scans, "steps": probing.steps, "noise_floor": probing.noise_floor}
+            settings = {
+                "scans": probing.scans,
+                "steps": probing.steps,
+                "harm_below": probing.harm_below,
+                "noise_floor": probing.noise_floor,
+            }
             done = self.run.commit("probes", [path], settings)
         return scorers.Probing(**done, exact=scorers.ScoreBlock.from_bytes(path.read_bytes()))
 
@@ -371,7 +389,9 @@ class Workflow:
             "step_rule": self.recipe.score.step_rule,
             "agreement_with_exact": scorers.agreement_metadata(agreement),
             "noise_floor": self._probing.noise_floor,
-            "harm_below": scorers.harm_threshold(scorer, self._scoring_inputs),
+            "harm_below": 0.0
+            if "first_order" in method
+            else self._probing.harm_below.get(method, self._probing.harm_below["exact"]),
             "step_scans": dict(self._probing.scans),
         }
 
@@ -405,7 +425,7 @@ class Workflow:
     def scores_by(self, scorer: str) -> Scores:
         """The pool's scores by any scorer; baselines are made from the columns of the first table."""
         if scorer not in scorers.BASELINES:
-            return self._table(scorer)
+            return self._tables[scorer]
         table = self.score()
         keys = {(s.domain, s.id): s.content_hash for s in self.pool}
         rows = [keys[row] for row in zip(table.domain, table.id, strict=True)]
@@ -415,7 +435,9 @@ class Workflow:
 
     def _chosen_arm(self) -> tuple[bakeoff.Arm, dict[str, Any] | None]:
         score, settings = self.recipe.score, self.recipe.select
-        methods = settings.bakeoff_arms if score.method == "auto" else (score.method,)
+        methods: Sequence[str] = (score.method,)
+        if score.method == "auto":
+            methods = [m for m in settings.bakeoff_arms if m in scorers.BASELINES or m in self._tables]
         fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
         if len(methods) == 1 and len(fractions) == 1:
             return bakeoff.Arm(methods[0], fractions[0], settings.within), None

@@ -36,7 +36,6 @@ __all__ = [
     "TargetItems",
     "agreement_metadata",
     "agreement_with_exact",
-    "harm_threshold",
     "prepare",
     "probe",
 ]
@@ -74,10 +73,14 @@ class ScoringInputs:
 
 @dataclass(frozen=True)
 class Probing:
-    """What the probes told: the step scans, the steps chosen, exact utilities of the probes, the noise floor (nats)."""
+    """What the probes told: step scans, steps chosen, where harm begins, exact utilities, the noise floor (nats).
+
+    `scans`, `steps` and `harm_below` have an entry for exact, and one for tail where it is used.
+    """
 
     scans: Mapping[str, Mapping[str, Any]]
     steps: Mapping[str, float]
+    harm_below: Mapping[str, float]
     exact: ScoreBlock
     noise_floor: float
 
@@ -88,13 +91,19 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     Raises AgreementError when fewer than two probes have a finite utility: nothing could be compared.
     """
     settings, few = inputs.settings, probes[:SCAN_PROBES]
-    scans: dict[str, StepScan] = {}
     wanted = None if settings.step == "auto" else settings.step
     exact = _exact(inputs, 0.0)
-    scans["exact"] = scan_steps(exact, few, wanted=None if "tail" in methods else wanted, seed=settings.seed)
+    stepped = {"exact": exact}
     if "tail" in methods:
-        scans["tail"] = scan_steps(_tail(inputs, 0.0), few, wanted=wanted, seed=settings.seed)
-    exact.step = scans["exact"].chosen
+        stepped["tail"] = _tail(inputs, 0.0)
+    scans: dict[str, StepScan] = {}
+    harm: dict[str, float] = {}
+    for name, scorer in stepped.items():
+        # a step given in the recipe is for the scorer that it names, exact being only its referee beside tail
+        given = wanted if name == "tail" or "tail" not in methods else None
+        scans[name] = scan_steps(scorer, few, wanted=given, seed=settings.seed)
+        scorer.step = scans[name].chosen
+        harm[name] = harm_below(scorer, inputs.targets)
     block = exact.score(probes)
     finite = [probe for probe, ok in zip(probes, block.finite_N, strict=True) if ok]
     if len(finite) < 2:
@@ -109,6 +118,7 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     return Probing(
         scans={name: scan.as_metadata() for name, scan in scans.items()},
         steps={name: scan.chosen for name, scan in scans.items()},
+        harm_below=harm,
         exact=block,
         noise_floor=noise_floor(exact, relaid, finite[:NOISE_PROBES]),
     )
@@ -155,16 +165,13 @@ def agreement_with_exact(scorer: Scorer, probing: Probing, probes: Sequence[Enco
     return Agreement(rank_agreement(utility_N[both], exact_N[both]), interval, int(both.sum()))
 
 
-def harm_threshold(scorer: Scorer, inputs: ScoringInputs) -> float:
-    """The utility below which a sample is called harmful, nats per token, never above zero.
+def harm_below(scorer: OneStepScorer, targets: Mapping[str, Sequence[Encoded]]) -> float:
+    """The utility below which a sample is called harmful at the scorer's step, nats per token, never above zero.
 
-    For finite steps: what all but the worst 5 % of the target items themselves do better than, each stepped on and
-    measured on the others. For all other scorers: zero, as the definition says.
+    What all but the worst 5 % of the target items themselves do better than, each stepped on and measured on the
+    others.
     """
-    if not isinstance(scorer, OneStepScorer):
-        return 0.0
-    flat = [item for group in inputs.targets.values() for item in group]
-    clean_V = scorer.clean_utilities(flat)
+    clean_V = scorer.clean_utilities([item for group in targets.values() for item in group])
     return min(0.0, float(np.quantile(clean_V[np.isfinite(clean_V)], HARM_QUANTILE)))
 
 

@@ -1,11 +1,12 @@
 """Probes in, a step size and what is known about it out.
 
 The step size is the method's most important silent parameter. A step that matters is one after which the targets'
-loss has visibly changed: the default is the step at which the median probe changes it by `DEFAULT_EFFECT`. That is
-one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple of the Polyak step (which
-grows without bound as the proxy learns). Much smaller steps rank by the gradient dot product, which trains badly;
-at the default nearly every single sample has a utility below zero, so harm is judged against clean samples
-(`OneStepScorer.clean_utilities`), not against zero. Evidence: experiments/step_size.py and its results.
+loss has visibly changed: the default is the step at which the median probe changes it by `DEFAULT_EFFECT` times that
+loss. That is one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple of the
+Polyak step (which grows without bound as the proxy learns). Much smaller steps rank by the gradient dot product, which
+trains badly. At the default, where a typical step on one sample more than doubles the targets' loss, nearly every
+single sample has a utility below zero, so harm is judged against clean samples (`OneStepScorer.clean_utilities`), not
+against zero. Evidence: experiments/step_size.py and docs/decisions.md.
 
 The scan tries multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order,
 median over probes). For every step it reports the share of negative utilities, how far the ranking agrees between
@@ -26,7 +27,7 @@ from datalloy.uncertainty import rank_agreement
 from datalloy.vlm import Encoded
 
 GRID = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # multiples of the Polyak step
-DEFAULT_EFFECT = 0.2  # median change of the targets' loss by one step, relative to that loss
+DEFAULT_EFFECT = 2.0  # median change of the targets' loss by one step, relative to that loss
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ ARMS = {
     "random 20 %": Arm("random", 0.2, "domain"),
     "low loss 50 %": Arm("low_loss", 0.5, "domain"),
     "low loss 20 %": Arm("low_loss", 0.2, "domain"),
-    "OST 50 %": Arm("tail", 0.5, "domain"),
-    "OST 20 %": Arm("tail", 0.2, "domain"),
+    "OST 50 %": Arm("calibrated", 0.5, "domain"),
+    "OST 20 %": Arm("calibrated", 0.2, "domain"),
 }
 RECIPE = """\
 # The demo's recipe: three drawn domains with faults, two targets. An ordinary recipe; edit and run it.
@@ -51,8 +51,8 @@ targets:
 evaluation:
   chart-holdout: {path: data/chart.holdout.jsonl, metric: exact_match}
   counting-holdout: {path: data/counting.holdout.jsonl, metric: exact_match}
-score: {method: auto, target_items: 48, probes: 64, warmup_fraction: 0.05}
-select: {keep_fraction: auto, bakeoff_epochs: 12}
+score: {method: auto, target_items: 48, probes: 96, warmup_fraction: 0.05}
+select: {keep_fraction: auto, bakeoff_epochs: 14}
 train:
   adapter: none
   freeze_vision: false
