@@ -24,9 +24,7 @@ def main() -> None:
     runs = [json.loads((folder / "demo.json").read_text()) for folder in args.folders]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     write_json(args.out, {"runs": runs, "commit": commit, "machine": f"{platform.platform()}, {os.cpu_count()} cores"})
-    print(
-        f"| trained on | accuracy, mean of {len(runs)} pools | by pool | gain over full SFT, by pool (95 %) |"
-    )
+    print(f"| trained on | accuracy, mean of {len(runs)} pools | by pool | gain over full SFT, by pool (95 %) |")
     print("|---|---|---|---|")
     for rows in zip(*(run["models"] for run in runs), strict=True):
         name = rows[0]["trained on"].partition(":")[0]
@@ -45,9 +43,7 @@ def main() -> None:
             for m, a in run["agreements"].items()
         }
         toxic = run["toxic"]
-        print(
-            f"seed {run['seed']}: agreement {agreements}; toxic {toxic['called']}, faulty {toxic['truly faulty']}"
-        )
+        print(f"seed {run['seed']}: agreement {agreements}; toxic {toxic['called']}, faulty {toxic['truly faulty']}")
 
 
 if __name__ == "__main__":

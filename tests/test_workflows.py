@@ -160,6 +160,14 @@ def test_a_leak_is_dropped_where_the_recipe_says_so(tmp_path):
     assert counts["rejected_by_reason"] == {"leak": 1}
 
 
+def test_an_evaluation_item_that_is_also_a_target_is_refused(tmp_path):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ("evaluation.chart-holdout.path=data/chart.target.jsonl",))
+    with Run(recipe, tmp_path / "run") as run, pytest.raises(LeakageError, match="chart-holdout"):
+        Workflow(run).check()
+
+
 def test_too_many_bad_records_stop_the_run_and_are_listed(tmp_path):
     write_pool(tmp_path / "data", PLAN, seed=0)
     with (tmp_path / "data" / "chart.jsonl").open("a") as file:

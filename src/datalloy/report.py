@@ -93,11 +93,7 @@ def _recommendation(selection: Selection, pool: int) -> str:
     over_full = next((m for m in (outcome or {}).get("margins", []) if m["over"] == "full"), None)
     if over_full:
         low, high = over_full["interval"]
-        sure = (
-            "so this is measured, not hoped"
-            if low > 0
-            else "which does not rule out that it is no better than keeping everything"
-        )
+        sure = "above zero" if low > 0 else "which does not rule out that keeping everything is as good"
         sentence += (
             f" In short runs at equal compute its target loss was {over_full['mean']:.3f} nats per token lower "
             f"than with the full pool (95 % interval {low:.3f} to {high:.3f}), {sure}."

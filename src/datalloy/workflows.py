@@ -133,18 +133,21 @@ class Workflow:
             **{f"targets.{k}": v for k, v in targets.items()},
             **{f"evaluation.{k}": v for k, v in evaluation.items()},
         }
-        leaks = leakage.find_leaks(samples, guarded, image_distance=self.recipe.leakage.image_distance)
-        if not leaks:
+        distance = self.recipe.leakage.image_distance
+        leaks = leakage.find_leaks(samples, guarded, image_distance=distance)
+        shared = leakage.find_leaks([s for g in targets.values() for s in g], evaluation, image_distance=distance)
+        if not leaks and not shared:
             return []
         policy = self.recipe.leakage.on_leak
         if policy == "error":
             raise LeakageError(
-                f"{leakage.describe(leaks)}\nA sample that is also a target gets the highest utility and every figure "
+                f"{leakage.describe([*leaks, *shared])}\nA sample that is also a target gets the highest utility and every figure "
                 "after it is worthless. Remove these rows, or set leakage.on_leak: drop to leave out the pool's copies"
             )
-        log.warning("%s", leakage.describe(leaks))
+        log.warning("%s", leakage.describe([*leaks, *shared]))
         if policy == "allow":
             return []
+        # an evaluation item that is also a target stays: what to drop would be the user's choice of sets
         found = {(leak.pool_domain, leak.pool_id): leak for leak in leaks}
         return [
             Reject(

@@ -1,0 +1,98 @@
+"""At which step size does utility tell harmful samples from clean and from hard ones? Faulty pools in, AUC out.
+
+    python experiments/step_ranks.py --seeds 0 1 --out experiments/results/step_ranks.json
+
+Nothing is trained but the warm-up, so this is the cheap half of experiments/step_size.py. A part of the demo's pool is
+scored by the exact and the tail step at several sizes; AUC 1 means that every harmful sample (wrong answer, other
+picture, garbled) has a lower utility than every clean one, 0.5 that utility tells nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from datalloy.config import load_recipe
+from datalloy.run import Run, write_json
+from datalloy.scorers.one_step import OneStepScorer, exact_scorer
+from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
+from datalloy.scorers.tail import TailReplay, tail_scorer
+from datalloy.tiny.demo import PLAN, RECIPE
+from datalloy.tiny.pools import read_truth, write_pool
+from datalloy.workflows import Workflow
+
+STEPS = {"exact": (0.003, 0.01, 0.03, 0.1, 0.3), "tail": (0.05, 0.2, 0.8, 3.2, 12.8)}
+EVERY = 6  # of the pool
+
+
+def make_scorer(method: str, workflow: Workflow) -> OneStepScorer:
+    inputs, rule = workflow._scoring_inputs, StepRule("sgd")
+    if method == "tail":
+        replay = TailReplay(inputs.vlm, inputs.items, 1)
+        return tail_scorer(inputs.vlm, replay, Steppable(replay.parameters()), rule=rule, step=0.0)
+    parameters = scoped_parameters(inputs.vlm, "full", freeze_vision=False)
+    return exact_scorer(inputs.vlm, inputs.items, Steppable(parameters), rule=rule, step=0.0)
+
+
+def measure(workflow: Workflow, truth: dict, seed: int) -> list[dict]:
+    rows = []
+    indices = range(0, len(workflow.pool), EVERY)
+    fault_N = np.array([truth[workflow.pool[i].id]["fault"] for i in indices])
+    hard_N = np.array([truth[workflow.pool[i].id]["hard"] for i in indices])
+    harmful_N = np.isin(fault_N, ("wrong_answer", "other_picture", "garbled"))
+    clean_N = np.isin(fault_N, ("clean", "near_copy"))
+    for method, steps in STEPS.items():
+        scorer = make_scorer(method, workflow)
+        fall_NSV = np.array([scorer.score_at_steps(workflow._encoded_pool[i], steps)[1] for i in indices])
+        utility_NS = fall_NSV @ scorer.items.item_weight_V
+        target_loss = scorer.before_V @ scorer.items.item_weight_V
+        for s, step in enumerate(steps):
+            utility_N = utility_NS[:, s]
+            auc = {
+                name: float(roc_auc_score(harmful_N[mask], -utility_N[mask]))
+                for name, mask in {
+                    "all": np.ones_like(clean_N),
+                    "clean easy": harmful_N | (clean_N & ~hard_N),
+                    "clean hard": harmful_N | (clean_N & hard_N),
+                }.items()
+            }
+            row = {"seed": seed, "method": method, "step": step, "auc_harmful_against": auc}
+            row["effect"] = float(np.median(np.abs(utility_N)) / target_loss)
+            row["negative_fraction"] = float((utility_N < 0).mean())
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def run_seed(seed: int) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_pool(root / "data", PLAN, seed)
+        (root / "recipe.yaml").write_text(RECIPE)
+        with Run(load_recipe(root / "recipe.yaml"), root / "run") as run:
+            return measure(Workflow(run), read_truth(root / "data"), seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    rows = [row for seed in args.seeds for row in run_seed(seed)]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine = f"{platform.platform()}, {os.cpu_count()} cores"
+    write_json(args.out, {"rows": rows, "commit": commit, "machine": machine, "seconds": time.monotonic() - started})
+
+
+if __name__ == "__main__":
+    main()
