@@ -141,8 +141,9 @@ class Workflow:
         policy = self.recipe.leakage.on_leak
         if policy == "error":
             raise LeakageError(
-                f"{leakage.describe([*leaks, *shared])}\nA sample that is also a target gets the highest utility and every figure "
-                "after it is worthless. Remove these rows, or set leakage.on_leak: drop to leave out the pool's copies"
+                f"{leakage.describe([*leaks, *shared])}\n"
+                "A sample that is also a target gets the highest utility and every figure after it is worthless. "
+                "Remove these rows, or set leakage.on_leak: drop to leave out the pool's copies"
             )
         log.warning("%s", leakage.describe([*leaks, *shared]))
         if policy == "allow":
