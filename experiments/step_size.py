@@ -4,8 +4,8 @@
 
 For every seed a faulty pool is drawn, every sample is scored by the tail and the exact step at several multiples of
 the Polyak step, and the base is trained on the top 50 % and 20 % of each domain, at equal compute, beside full,
-random, low loss and the clean samples alone (an oracle). This chooses
-`scorers.probing.DEFAULT_EFFECT`: rows tell the effect of every step.
+random, low loss and the clean samples alone (an oracle). Rows tell the effect of
+every step, which is what `scorers.probing.DEFAULT_EFFECT` should be chosen by. Some 20 minutes of one core a seed.
 """
 
 import argparse

@@ -6,7 +6,7 @@ loss. That is one rule for all models, scopes and step rules, where a learning r
 Polyak step (which grows without bound as the proxy learns). Much smaller steps rank by the gradient dot product, which
 trains badly. At the default, where a typical step on one sample more than doubles the targets' loss, nearly every
 single sample has a utility below zero, so harm is judged against clean samples (`OneStepScorer.clean_utilities`), not
-against zero. Evidence: experiments/step_size.py and docs/decisions.md.
+against zero. Evidence: docs/results.md, docs/decisions.md.
 
 The scan tries multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order,
 median over probes). For every step it reports the share of negative utilities, how far the ranking agrees between
