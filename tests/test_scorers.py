@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from dataclasses import asdict
 
 import numpy as np
 import peft
@@ -17,7 +18,6 @@ from datalloy.scorers import (
     ScoreBlock,
     ScoringInputs,
     TargetItems,
-    agreement_metadata,
     agreement_with_exact,
     prepare,
     probe,
@@ -166,7 +166,7 @@ def test_exact_agrees_with_itself_and_leaves_out_what_is_not_finite(proxy, items
     holed = dataclasses.replace(probed, exact=dataclasses.replace(probed.exact, utility_N=utility_N))
     scorer = prepare("exact", make_inputs(proxy, items, targets, pool), holed, [])
     agreement = agreement_with_exact(scorer, holed, pool[:5], seed=0)
-    assert agreement_metadata(agreement) == {"spearman": pytest.approx(1), "interval": (1, 1), "probes": 4}
+    assert asdict(agreement) == {"spearman": pytest.approx(1), "interval": (1, 1), "probes": 4}
 
 
 def test_a_block_comes_back_from_its_bytes(probed):

@@ -391,7 +391,7 @@ class Workflow:
             **metadata,
             "step": self._probing.steps.get(method, self._probing.steps["exact"]),
             "step_rule": self.recipe.score.step_rule,
-            "agreement_with_exact": scorers.agreement_metadata(agreement),
+            "agreement_with_exact": asdict(agreement),
             "noise_floor": self._probing.noise_floor,
             "harm_below": 0.0
             if "first_order" in method

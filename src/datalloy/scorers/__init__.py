@@ -6,7 +6,7 @@ baselines. All give a `ScoreBlock` for a list of encoded samples; higher is bett
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +34,6 @@ __all__ = [
     "ScoringInputs",
     "Seen",
     "TargetItems",
-    "agreement_metadata",
     "agreement_with_exact",
     "prepare",
     "probe",
@@ -173,10 +172,6 @@ def harm_below(scorer: OneStepScorer, targets: Mapping[str, Sequence[Encoded]]) 
     """
     clean_V = scorer.clean_utilities([item for group in targets.values() for item in group])
     return min(0.0, float(np.quantile(clean_V[np.isfinite(clean_V)], HARM_QUANTILE)))
-
-
-def agreement_metadata(agreement: Agreement) -> dict[str, Any]:
-    return asdict(agreement)
 
 
 def _rule(inputs: ScoringInputs, steppable: Steppable) -> StepRule:
