@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datalloy.sample import Origin, Sample, Turn
-from datalloy.scorers import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
 from drawn import build_vlm, draw_samples
 

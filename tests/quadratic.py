@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datalloy.scorers.one_step import OneStepScorer, exact_scorer
 from datalloy.scorers.step import Steppable, StepRule
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 
 SGD = StepRule("sgd")
 

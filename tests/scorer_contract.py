@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from datalloy.scorers import ScoreBlock, Scorer, TargetItems
+from datalloy.scorers import ScoreBlock, Scorer
+from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
 
 # Padding and batching round differently in float32. A scorer that divides a difference of losses by the size of a

@@ -17,7 +17,7 @@ LAYERS = (
     {"config"},
     {"run"},
     {"scores", "vlm"},
-    {"encoding"},
+    {"encoding", "target_items"},
     {"bakeoff", "evaluation", "exporters", "leakage", "readers", "scorers", "selection", "training"},
     {"costs", "report", "summary", "workflows"},
     {"api", "tiny.demo"},

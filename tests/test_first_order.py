@@ -9,10 +9,10 @@ import torch
 
 import tiny_families
 from datalloy.errors import ModelError
-from datalloy.scorers import TargetItems
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments
 from datalloy.scorers.taps import Taps
+from datalloy.target_items import TargetItems
 from datalloy.uncertainty import rank_agreement
 from datalloy.vlm import VLM
 from drawn import draw_samples

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from datalloy.errors import ModelError
-from datalloy.scorers import TargetItems
 from datalloy.scorers.one_step import exact_scorer
 from datalloy.scorers.step import Steppable, StepRule, inner, root_second_moments
+from datalloy.target_items import TargetItems
 from quadratic import Point, Quadratic
 
 ADAM = StepRule("adamw", (torch.tensor([2.0, 4.0]),))

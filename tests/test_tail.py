@@ -6,10 +6,10 @@ import torch
 
 import tiny_families
 from datalloy.errors import ModelError
-from datalloy.scorers import TargetItems
 from datalloy.scorers.one_step import exact_scorer
 from datalloy.scorers.step import Steppable, StepRule
 from datalloy.scorers.tail import TailReplay, tail_scorer
+from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM
 from drawn import draw_samples
 

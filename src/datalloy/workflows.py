@@ -33,6 +33,7 @@ from datalloy.run import Run, write_atomically, write_json
 from datalloy.sample import Sample
 from datalloy.scores import Scores
 from datalloy.selection import Selection, select
+from datalloy.target_items import TargetItems
 from datalloy.training import train, training_flops
 from datalloy.vlm import VLM, EncodeError
 
@@ -348,7 +349,7 @@ class Workflow:
         batch = self.recipe.train.batch_size
         return scorers.ScoringInputs(
             vlm=self._proxy,
-            items=scorers.TargetItems.lay_out(self._proxy, targets, weights),
+            items=TargetItems.lay_out(self._proxy, targets, weights),
             targets=targets,
             pool_batch=self._encoded_pool.pick(self._random_order("second moments")[: 8 * batch]),
             settings=self.recipe.score,
@@ -448,7 +449,7 @@ class Workflow:
         # settings.within is the user's word for a fixed choice; the race tries both
         arms = bakeoff.make_arms(methods, fractions, ("domain", "global"))
         judge = self._encode(self._proxy_base, self._target_items("judge"))
-        items = scorers.TargetItems.lay_out(
+        items = TargetItems.lay_out(
             self._proxy_base, judge, {name: target.weight for name, target in self.recipe.targets.items()}
         )
         batch = self.recipe.train.batch_size
@@ -463,7 +464,7 @@ class Workflow:
         write_json(self.run.path("bakeoff.json"), asdict(outcome))
         return outcome.winner, asdict(outcome)
 
-    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: scorers.TargetItems) -> np.ndarray:
+    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: TargetItems) -> np.ndarray:
         unit = f"bakeoff/{number}-{arm.name.replace(' ', '-').replace('%', '')}"
         if (done := self.run.finished(unit)) is None:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)

@@ -20,7 +20,7 @@ from datalloy.scorers.one_step import OneStepScorer, ScoreBlock, exact_scorer
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
 from datalloy.scorers.tail import TailReplay, tail_scorer
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.uncertainty import rank_agreement, rank_agreement_interval
 from datalloy.vlm import VLM, Encoded
 
@@ -33,7 +33,6 @@ __all__ = [
     "Scorer",
     "ScoringInputs",
     "Seen",
-    "TargetItems",
     "agreement_with_exact",
     "prepare",
     "probe",

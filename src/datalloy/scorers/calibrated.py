@@ -20,7 +20,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from datalloy.errors import AgreementError
 from datalloy.scorers.one_step import ScoreBlock
 from datalloy.scorers.taps import Measured, Taps
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.uncertainty import Interval, rank_agreement, rank_agreement_interval
 from datalloy.vlm import VLM, Encoded
 

@@ -22,7 +22,7 @@ from datalloy.errors import RecipeError
 from datalloy.scorers.one_step import ScoreBlock
 from datalloy.scorers.step import TINY, Steppable, StepRule, inner
 from datalloy.scorers.taps import Taps
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
 
 # Size of the probing displacement relative to the weights: large enough for float32, small enough to be linear. On the

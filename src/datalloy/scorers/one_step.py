@@ -20,7 +20,7 @@ import numpy as np
 
 from datalloy.errors import ModelError
 from datalloy.scorers.step import Steppable, StepRule, inner, loss_and_gradient
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
 
 

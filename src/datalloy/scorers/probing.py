@@ -22,7 +22,7 @@ import numpy as np
 
 from datalloy.errors import ModelError
 from datalloy.scorers.one_step import OneStepScorer
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.uncertainty import rank_agreement
 from datalloy.vlm import Encoded
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from datalloy.errors import ModelError
 from datalloy.scorers.one_step import OneStepScorer
 from datalloy.scorers.step import Steppable, StepRule
-from datalloy.scorers.targets import TargetItems
+from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM
 
 REPLAY_TOLERANCE = 1e-3  # nats; rounding gives 1e-6, a wrong replay tenths

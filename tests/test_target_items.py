@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from datalloy.scorers import TargetItems
+from datalloy.target_items import TargetItems
 from quadratic import Point, Quadratic
 
 
