@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
     {"errors", "template", "tiny.world"},
-    {"metrics", "progress", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
+    {"metrics", "progress", "sample", "simplex", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config"},
     {"run"},
     {"scores", "vlm"},
