@@ -355,3 +355,37 @@ def test_the_template_explains_every_key(key):
 def test_the_example_recipes_load():
     for path in (Path(__file__).parent.parent / "examples").glob("*.yaml"):
         assert load_recipe(path).name
+
+
+# --- mixture
+
+
+def _with_mixture(tmp_path, mixture: str, domains: str = "{a: {path: a.jsonl}, b: {path: b.jsonl}}"):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: m\nbase: tiny\ndomains: {domains}\ntargets: {{t: {{path: t.jsonl}}}}\nmixture: {mixture}\n")
+    return load_recipe(path)
+
+
+def test_an_empty_mixture_section_switches_the_search_on_with_its_defaults(tmp_path):
+    assert _with_mixture(tmp_path, "{}").mixture.verify_runs == 3
+
+
+@pytest.mark.parametrize(
+    ("mixture", "said"),
+    [
+        ("{guard_rails: {x: 0.1}}", "guard_rails names x, which is no target: t"),
+        ("{groups: {g: {domains: [a, c]}}}", "groups.g names c, which is no domain: a, b"),
+        ("{buckets: 7}", "mixture.buckets is 7"),
+        ("{objective: best}", "one of mean, weighted, worst, pareto"),
+    ],
+)
+def test_a_mixture_section_that_names_what_is_not_there_is_refused(tmp_path, mixture, said):
+    with pytest.raises(RecipeError, match=said):
+        _with_mixture(tmp_path, mixture)
+
+
+def test_one_domain_cannot_be_mixed_unless_it_is_split_into_buckets(tmp_path):
+    one = "{a: {path: a.jsonl}}"
+    with pytest.raises(RecipeError, match="at least two domains"):
+        _with_mixture(tmp_path, "{}", one)
+    assert _with_mixture(tmp_path, "{buckets: 2}", one).mixture.buckets == 2

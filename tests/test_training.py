@@ -436,3 +436,26 @@ def test_diverged_training_is_an_error_and_not_a_number(vlm, encoded):
 def test_unknown_tracker_is_refused_by_name(vlm, encoded):
     with pytest.raises(RecipeError, match=r"train.report_to names nosuch, which is not installed"):
         train(vlm, encoded, changed(FULL, report_to=("nosuch",)), None, steps=1)
+
+
+# --- milestones
+
+
+def test_a_milestone_holds_the_model_as_it_was_after_so_many_steps(vlm, untrained, encoded, tmp_path):
+    def losses_after(folder):
+        return answer_losses(VLM.load(str(folder), device="cpu"), encoded[:6], batch_size=6)
+
+    constant = changed(FULL, seed=3)
+    train(vlm, encoded, constant, tmp_path / "end", steps=4, milestones={2: tmp_path / "middle", 4: tmp_path / "last"})
+    assert np.array_equal(losses_after(tmp_path / "last"), losses_after(tmp_path / "end"))
+    assert not np.allclose(losses_after(tmp_path / "middle"), losses_after(tmp_path / "end"))
+    assert not np.allclose(losses_after(tmp_path / "middle"), answer_losses(untrained, encoded[:6], batch_size=6))
+
+
+def test_keeping_a_milestone_changes_nothing_in_the_training(untrained, encoded, tmp_path):
+    with_milestone, without = untrained.copy(), untrained.copy()
+    kept = train(with_milestone, encoded, LORA, None, steps=3, milestones={1: tmp_path / "one"})
+    plain = train(without, encoded, LORA, None, steps=3)
+    assert kept.losses == plain.losses
+    assert differing(weights(with_milestone), weights(without)) == set()
+    assert (tmp_path / "one" / "adapter_model.safetensors").exists()

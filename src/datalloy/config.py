@@ -75,6 +75,11 @@ class DataSource(Section):
 class Domain(DataSource):
     """A named dataset of the pool."""
 
+    max_epochs: Positive | None = Field(
+        None, description="A mixture repeats this domain's samples at most so often; default: no limit."
+    )
+    min_share: Share = Field(0.0, description="Least share of this domain in a mixture.")
+
 
 class Target(DataSource):
     """A named validation set with the metric the user wants to get better."""
@@ -172,6 +177,50 @@ class Train(Section):
     seed: Seed = 0
 
 
+class DomainGroup(Section):
+    """Domains whose shares are limited together."""
+
+    domains: Annotated[tuple[Name, ...], Listed, Field(min_length=1)]
+    min_share: Share = 0.0
+    max_share: Share = 1.0
+
+
+class Mixture(Section):
+    """What share of training each domain gets (DESIGN 2.2): one expert a domain, merged models searched, few runs."""
+
+    objective: Literal["mean", "weighted", "worst", "pareto"] = Field(
+        "mean",
+        description="Over targets. weighted: by their weights. worst: the lowest. pareto: weighted, with the front.",
+    )
+    metric: Literal["loss", "target"] = Field(
+        "loss", description="What is searched on: the loss of the targets' answers, or each target's own metric."
+    )
+    evaluations: Literal["auto"] | Count = Field(
+        "auto", description="Merged models evaluated by the metric; auto: by the number of domains."
+    )
+    verify_runs: Annotated[int, Field(ge=0)] = Field(
+        3, description="Mixtures really trained, to calibrate the search and to measure the gain."
+    )
+    guard_rails: dict[Name, NotNegative] = Field(
+        default_factory=dict, description="How far a target may fall below the base, in its metric's unit."
+    )
+    groups: dict[Name, DomainGroup] = Field(default_factory=dict, description="Limits on sums of shares.")
+    data: Literal["selected", "whole"] = Field(
+        "selected", description="Train on the selected part of each domain, or on the whole of it."
+    )
+    buckets: Annotated[int, Field(ge=2, le=4)] | None = Field(
+        None, description="Split every domain by score into so many buckets and mix buckets instead of domains."
+    )
+    expert_samples: Count | None = Field(
+        None, description="Samples seen by each expert and each verified mixture; default: as the final training."
+    )
+    checkpoints: Annotated[tuple[Fraction, ...], Listed] = Field(
+        (0.25, 0.5), description="Parts of an expert's training after which it is also kept, to show stability."
+    )
+    confidence: Confidence = Field(0.95, description="Of the gain's interval, by which the verdict is given.")
+    seed: Seed = 0
+
+
 class Evaluate(Section):
     """How answers are generated and judged."""
 
@@ -205,6 +254,9 @@ class Recipe(Section):
     score: Score = Score()
     select: Select = Select()
     train: Train = Train()
+    mixture: Mixture | None = Field(
+        None, description="Search the domains' shares; `mixture: {}` does so with all defaults. Absent: as they come."
+    )
     evaluate: Evaluate = Evaluate()
     leakage: Leakage = Leakage()
     max_rejected_fraction: Share = Field(0.01, description="A file of which more is rejected stops the run.")
@@ -215,6 +267,19 @@ class Recipe(Section):
     def _distinct_sets(self) -> "Recipe":
         if both := sorted(self.targets.keys() & self.evaluation.keys()):
             raise ValueError(f"targets and evaluation both have the name {both[0]}; metrics are reported by name")
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_names_what_is_there(self) -> "Recipe":
+        if self.mixture is None:
+            return self
+        for target in sorted(self.mixture.guard_rails.keys() - self.targets.keys()):
+            raise ValueError(f"mixture.guard_rails names {target}, which is no target: {', '.join(self.targets)}")
+        for name, group in self.mixture.groups.items():
+            for domain in sorted(set(group.domains) - self.domains.keys()):
+                raise ValueError(f"mixture.groups.{name} names {domain}, which is no domain: {', '.join(self.domains)}")
+        if len(self.domains) == 1 and self.mixture.buckets is None:
+            raise ValueError("mixture needs at least two domains, or mixture.buckets to split the only one by score")
         return self
 
     @property
@@ -352,7 +417,8 @@ def _schema_at(loc: Sequence[str | int]) -> tuple[list[str | int], dict[str, Any
             inner = schema.get("properties", {}).get(part, any_name)
         if inner is None:
             break
-        schema = root["$defs"][inner["$ref"].removeprefix("#/$defs/")] if "$ref" in inner else inner
+        named = next((member for member in (inner, *inner.get("anyOf", ())) if "$ref" in member), None)
+        schema = root["$defs"][named["$ref"].removeprefix("#/$defs/")] if named else inner
         keys.append(part)
     return keys, schema
 

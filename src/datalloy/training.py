@@ -14,6 +14,7 @@ Price: one call costs a forward and a backward pass of every sample seen, and ab
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,13 @@ class Attempt:
 
 
 def train(
-    vlm: VLM, encoded: Sequence[Encoded], settings: Train, out: Path | None, *, steps: int | None = None
+    vlm: VLM,
+    encoded: Sequence[Encoded],
+    settings: Train,
+    out: Path | None,
+    *,
+    steps: int | None = None,
+    milestones: Mapping[int, Path] | None = None,
 ) -> Trained:
     """Train `vlm` in place for `steps` steps, or as many as the protocol of `settings` says, and save it to `out`.
 
@@ -85,7 +92,8 @@ def train(
     has one already goes on with it); `vlm.model` is the PEFT model afterwards. With `adapter: none` all weights are
     trained, except the vision tower's under `freeze_vision`. With `out` None nothing is written: for measuring runs.
 
-    `encoded` may encode lazily: a sample is asked for when its step comes, and not held on to.
+    `encoded` may encode lazily: a sample is asked for when its step comes, and not held on to. `milestones` names
+    folders in which the model is also saved as it is after so many steps, in the middle of its schedule.
 
     A run that was killed goes on from its checkpoint in `out` and ends in the same bits. Give it the model as it was
     before the first attempt. Trackers then see the steps of the last attempt only. The global random generators are
@@ -111,7 +119,8 @@ def train(
     try:
         if attempt.steps < steps:
             batches_left = order.reshape(steps, settings.batch_size)[attempt.steps :]
-            _run_trainer(vlm, encoded, batches_left, optimizer, settings, attempt, checkpoint, out)
+            savers = {step: functools.partial(vlm.save, folder) for step, folder in (milestones or {}).items()}
+            _run_trainer(vlm, encoded, batches_left, optimizer, settings, attempt, checkpoint, out, savers)
     finally:
         _leave_training(vlm, settings)
     if out:
@@ -257,10 +266,18 @@ class _StepLoss(torch.nn.Module):
 class _Follower(transformers.TrainerCallback):
     """Follows the Trainer step by step: seeds the step, notes and checks its loss, shows progress, saves in time."""
 
-    def __init__(self, attempt: Attempt, steps_left: int, seed: int, checkpoint: "_Checkpoint | None") -> None:
+    def __init__(
+        self,
+        attempt: Attempt,
+        steps_left: int,
+        seed: int,
+        checkpoint: "_Checkpoint | None",
+        milestones: Mapping[int, Callable[[], None]],
+    ) -> None:
         self.attempt = attempt
         self.seed = seed
         self.checkpoint = checkpoint
+        self.milestones = milestones
         self.ticks = track(range(steps_left), "training", steps_left)
         self.noted = self.saved = time.monotonic()
         next(self.ticks)
@@ -284,6 +301,8 @@ class _Follower(transformers.TrainerCallback):
         self.attempt.seconds += now - self.noted
         self.noted = now
         next(self.ticks, None)
+        if self.attempt.steps in self.milestones:
+            self.milestones[self.attempt.steps]()
         if self.checkpoint and now - self.saved >= CHECKPOINT_SECONDS:
             self.checkpoint.save(self.attempt)
             self.saved = time.monotonic()
@@ -298,6 +317,7 @@ def _run_trainer(
     attempt: Attempt,
     checkpoint: "_Checkpoint | None",
     out: Path | None,
+    milestones: Mapping[int, Callable[[], None]],
 ) -> None:
     """Take the steps that are left, one for each row of `batches`, [steps, batch_size] indices."""
     start, steps = attempt.steps, attempt.steps + len(batches)
@@ -315,7 +335,7 @@ def _run_trainer(
             train_dataset=micro_batches,
             data_collator=lambda items: vlm.collate([encoded[i] for i in items[0]]),
             optimizers=(optimizer, schedule),
-            callbacks=[_Follower(attempt, len(batches), settings.seed, checkpoint)],
+            callbacks=[_Follower(attempt, len(batches), settings.seed, checkpoint, milestones)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
