@@ -294,13 +294,21 @@ def _refuse_rows(scores: Scores, is_bad_N: np.ndarray, what: str) -> None:
         )
 
 
-def write_table(path: Path, table: pa.Table, *, kind: str, version: int, metadata: Mapping[str, Any]) -> None:
-    """Write a table with `domain` and `id` as Parquet: sorted, zstd, page checksums, complete or not at all."""
+def write_table(
+    path: Path,
+    table: pa.Table,
+    *,
+    kind: str,
+    version: int,
+    metadata: Mapping[str, Any],
+    order: Sequence[str] = ("domain", "id"),
+) -> None:
+    """Write a table as Parquet: sorted by the columns `order`, zstd, page checksums, complete or not at all."""
     about = {"kind": kind, "schema_version": version, "metadata": dict(metadata)}
     about |= {"rows": len(table), "columns": table.column_names}
     text = json.dumps(about, sort_keys=True, allow_nan=False)
     footer = {"datalloy": text, "datalloy.sha256": hashlib.sha256(text.encode()).hexdigest()}
-    rows = table.sort_by([("domain", "ascending"), ("id", "ascending")]).replace_schema_metadata(footer)
+    rows = table.sort_by([(column, "ascending") for column in order]).replace_schema_metadata(footer)
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
     write_atomically(path, sink.getvalue().to_pybytes())

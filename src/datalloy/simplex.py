@@ -20,7 +20,8 @@ import scipy.optimize
 from datalloy.errors import RecipeError
 
 TOLERANCE = 1e-9
-HIT_AND_RUN_STEPS = 20  # between two samples, for each domain: enough to forget where the walk was
+HIT_AND_RUN_STEPS = 20  # of each walk, for each domain: enough to forget where it began
+MIN_RATE = 1e-12  # a direction slower than this never meets a limit
 SPREAD_POOL = 64  # candidates for each space-filling point
 
 
@@ -114,12 +115,10 @@ class Simplex:
         if (self.floor_K == 0).all() and (self.cap_K == 1).all() and not self.groups:
             return dirichlet(len(self.names), count, seed)
         rng = np.random.default_rng(seed)
-        weight_K, rows = self._centre, []
-        for _ in range(count):
-            for _ in range(HIT_AND_RUN_STEPS * len(self.names)):
-                weight_K = self._jump(weight_K, rng)
-            rows.append(self._exact(weight_K))
-        return np.array(rows).reshape(count, len(self.names))
+        weight_NK = np.tile(self._centre, (count, 1))
+        for _ in range(HIT_AND_RUN_STEPS * len(self.names)):
+            weight_NK = self._jump(weight_NK, rng)
+        return np.array([self._exact(weight_K) for weight_K in weight_NK]).reshape(count, len(self.names))
 
     def spread(self, count: int, seed: int, beside_NK: np.ndarray | None = None) -> np.ndarray:
         """[count, K] mixtures that fill the feasible set, each as far as can be from the others and from `beside`."""
@@ -218,19 +217,21 @@ class Simplex:
         shift = scipy.optimize.brentq(total, low - 1e-12, high + 1e-12, xtol=1e-16)
         return np.clip(weight_K + shift, self.floor_K, self.cap_K)
 
-    def _jump(self, weight_K: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One step of hit and run: to a uniform point of the feasible line through `weight_K` in a random direction."""
-        direction_K = rng.normal(size=len(weight_K))
-        direction_K -= direction_K.mean()
-        rates = np.concatenate([-direction_K, direction_K, -self._group_NK @ direction_K, self._group_NK @ direction_K])
-        sums_N = self._group_NK @ weight_K
-        rooms = np.concatenate(
-            [weight_K - self.floor_K, self.cap_K - weight_K, sums_N - self._group_low_N, self._group_high_N - sums_N]
+    def _jump(self, weight_NK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One step of hit and run for each row: to a uniform point of its feasible line in a random direction."""
+        direction_NK = rng.normal(size=weight_NK.shape)
+        direction_NK -= direction_NK.mean(axis=1, keepdims=True)
+        drift, sums = direction_NK @ self._group_NK.T, weight_NK @ self._group_NK.T
+        rates = np.hstack([-direction_NK, direction_NK, -drift, drift])
+        rooms = np.hstack(
+            [weight_NK - self.floor_K, self.cap_K - weight_NK, sums - self._group_low_N, self._group_high_N - sums]
         )
-        rooms = np.clip(rooms, 0, None)
-        forward = min((room / rate for room, rate in zip(rooms, rates, strict=True) if rate > 1e-12), default=0.0)
-        back = min((room / -rate for room, rate in zip(rooms, rates, strict=True) if rate < -1e-12), default=0.0)
-        return weight_K + rng.uniform(-back, forward) * direction_K
+        reach = np.clip(rooms, 0, None) / np.where(np.abs(rates) > MIN_RATE, np.abs(rates), np.inf)
+        forward_N = np.where(rates > MIN_RATE, reach, np.inf).min(axis=1)
+        back_N = np.where(rates < -MIN_RATE, reach, np.inf).min(axis=1)
+        # no limit is met in either direction only where there is no direction: one domain
+        forward_N, back_N = (np.where(np.isfinite(length_N), length_N, 0.0) for length_N in (forward_N, back_N))
+        return weight_NK + rng.uniform(-back_N, forward_N)[:, None] * direction_NK
 
 
 def grid(domains: int, parts: int, *, interior: bool = False) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Values of items in, intervals out: how far a mean or a rank agreement could be off.
+"""Values of items in, intervals out: how far a mean, a rank agreement or the regret of a pick could be off.
 
 The items are drawn again with replacement many times and the statistic is taken each time; the interval lies between
 percentiles of what came out. All draws come from the seed, so the same values give the same interval.
@@ -6,10 +6,18 @@ percentiles of what came out. All draws come from the seed, so the same values g
 Trap: the bootstrap knows nothing but the items it is given. Of ten items that are all answered right it makes an
 interval of width zero, and below about twenty items its intervals are too narrow. It also takes items for
 independent; questions about one picture are not.
+
+Really trained mixtures are never twenty, and drawing five points again shows little but their own order: in simulations
+with a true Spearman of 0.95 the bootstrap's 95 % interval held it in 67 % of the cases with five mixtures and in 50 %
+with four. So over mixtures the interval comes from Fisher's z with the variances of Bonett and Wright (Psychometrika
+2000), which held it in 92 to 100 % of the same simulations; with fewer than four (Kendall: five) it is [-1, 1].
 """
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,11 +33,30 @@ class Interval(NamedTuple):
     high: float
 
 
+Coefficient = Literal["spearman", "kendall"]
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """How far two orders of the same mixtures agree.
+
+    `value` is None where it is not defined, with fewer than two mixtures or one side all equal; the interval then says
+    that nothing is known.
+    """
+
+    value: float | None
+    interval: Interval
+    mixtures: int
+
+
+NOTHING_KNOWN = Interval(-1.0, 1.0)
+
+
 def bootstrap_interval(values_V: np.ndarray, *, confidence: float, resamples: int, seed: int) -> Interval:
     """Percentile bootstrap of the mean over items, two-sided (Efron 1979). Raises DataError unless all are finite."""
     values_V = _finite(values_V, "values")
     means = [values_V[index_RV].mean(axis=1) for index_RV in _draws(len(values_V), resamples, seed)]
-    return _percentiles(np.concatenate(means), confidence)
+    return percentile_interval(np.concatenate(means), confidence)
 
 
 def paired_interval(a_V: np.ndarray, b_V: np.ndarray, *, confidence: float, resamples: int, seed: int) -> Interval:
@@ -71,7 +98,97 @@ def rank_agreement_interval(
             for index_RN in _draws(len(a_N), resamples, seed)
         ]
     )
-    return _percentiles(correlations[np.isfinite(correlations)], confidence)
+    return percentile_interval(correlations[np.isfinite(correlations)], confidence)
+
+
+def mixture_agreement(
+    a_N: np.ndarray,
+    b_N: np.ndarray,
+    coefficient: Coefficient,
+    *,
+    confidence: float,
+    a_RN: np.ndarray | None = None,
+    b_RN: np.ndarray | None = None,
+) -> RankAgreement:
+    """Spearman's rho or Kendall's tau-b between two values of N mixtures, with an interval honest for small N.
+
+    Args:
+        a_RN, b_RN: the same values for R draws of the items they are means over (`resampled_means`); the variance
+            over items is then added to that over mixtures, on the scale of Fisher's z.
+
+    The variance over mixtures holds some of the items' noise already, so the sum errs to the wide side. A perfect
+    order counts as half a swap short of perfect: of few mixtures it is often luck.
+    """
+    mixtures = len(a_N)
+    if mixtures < 2:
+        return RankAgreement(None, NOTHING_KNOWN, mixtures)
+    a_N, b_N = _same_items(a_N, b_N)
+    value = float(_row_agreements(a_N[None], b_N[None], coefficient)[0])
+    if not math.isfinite(value):
+        return RankAgreement(None, NOTHING_KNOWN, mixtures)
+    freedom = mixtures - (3 if coefficient == "spearman" else 4)
+    if freedom < 1:
+        return RankAgreement(value, NOTHING_KNOWN, mixtures)
+    variance = (1 + value**2 / 2 if coefficient == "spearman" else 0.437) / freedom
+    if a_RN is not None and b_RN is not None:
+        drawn_R = _row_agreements(a_RN, b_RN, coefficient)
+        variance += float(_fisher_z(drawn_R[np.isfinite(drawn_R)], mixtures, coefficient).var())
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    z = float(_fisher_z(np.array(value), mixtures, coefficient))
+    return RankAgreement(value, Interval(min(math.tanh(z - half), value), max(math.tanh(z + half), value)), mixtures)
+
+
+def resampled_means(value_NV: np.ndarray, target_V: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """Means by target of N mixtures over items drawn again with replacement: [R, N, G].
+
+    `target_V` is the target of each item, 0 to G - 1. Every mixture is measured on the same draw, so that differences
+    between rows are paired; each target keeps its number of items.
+    """
+    value_NV = np.asarray(value_NV, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    mean_RNG = np.empty((resamples, len(value_NV), int(target_V.max()) + 1))
+    for target in range(mean_RNG.shape[2]):
+        value_NI = value_NV[:, target_V == target]
+        items = value_NI.shape[1]
+        rows = max(1, BLOCK_DRAWS // items)
+        for start in range(0, resamples, rows):
+            count_RI = rng.multinomial(items, np.full(items, 1 / items), size=min(rows, resamples - start))
+            mean_RNG[start : start + rows, :, target] = count_RI @ value_NI.T / items
+    return mean_RNG
+
+
+def top_1_regret(surrogate_N: np.ndarray, true_N: np.ndarray) -> float:
+    """What is lost by trusting the surrogate: the best true value minus the true value at its pick. Zero is none.
+
+    In the unit of the values, higher being better. Where the surrogate has several best, their mean counts.
+    """
+    surrogate_N, true_N = _same_items(surrogate_N, true_N)
+    return float(_row_regrets(surrogate_N[None], true_N[None])[0])
+
+
+def top_1_regret_interval(
+    surrogate_N: np.ndarray,
+    true_N: np.ndarray,
+    *,
+    surrogate_RN: np.ndarray,
+    true_RN: np.ndarray,
+    confidence: float,
+) -> Interval:
+    """Interval of `top_1_regret` from values drawn again over items: both the best and the pick are chosen anew.
+
+    Always holds the regret itself. It leans to the high side where several mixtures are about equally good, because
+    the best of a draw is best partly by luck. It says nothing of mixtures that are not among the N.
+    """
+    regret = top_1_regret(surrogate_N, true_N)
+    low, high = percentile_interval(_row_regrets(surrogate_RN, true_RN), confidence)
+    return Interval(min(low, regret), max(high, regret))
+
+
+def percentile_interval(statistics: np.ndarray, confidence: float) -> Interval:
+    """The two-sided interval between percentiles of what came out of the draws."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(statistics, (tail, 1 - tail))
+    return Interval(float(low), float(high))
 
 
 def _draws(items: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -96,10 +213,27 @@ def _row_correlations(a_RN: np.ndarray, b_RN: np.ndarray) -> np.ndarray:
     return np.divide((a_RN * b_RN).sum(axis=1), spread_R, out=np.full(len(a_RN), np.nan), where=spread_R > 0)
 
 
-def _percentiles(statistics: np.ndarray, confidence: float) -> Interval:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(statistics, (tail, 1 - tail))
-    return Interval(float(low), float(high))
+def _row_agreements(a_RN: np.ndarray, b_RN: np.ndarray, coefficient: Coefficient) -> np.ndarray:
+    """The coefficient of each row of `a` with the same row of `b`; NaN where one has no spread."""
+    if coefficient == "spearman":
+        return _row_correlations(_ranks(a_RN), _ranks(b_RN))
+    left, right = np.triu_indices(a_RN.shape[1], 1)
+    # tau-b is the correlation, about zero, of the signs of all pairs' differences
+    a_RP, b_RP = (np.sign(x_RN[:, left] - x_RN[:, right]) for x_RN in (a_RN, b_RN))
+    pairs_R = np.sqrt((a_RP**2).sum(axis=1) * (b_RP**2).sum(axis=1))
+    return np.divide((a_RP * b_RP).sum(axis=1), pairs_R, out=np.full(len(a_RN), np.nan), where=pairs_R > 0)
+
+
+def _fisher_z(value: np.ndarray, mixtures: int, coefficient: Coefficient) -> np.ndarray:
+    """atanh, which is infinite at one: values are kept half a step away, the step being what one swap changes."""
+    step = 12 / (mixtures * (mixtures**2 - 1)) if coefficient == "spearman" else 4 / (mixtures * (mixtures - 1))
+    return np.arctanh(np.clip(value, step / 2 - 1, 1 - step / 2))
+
+
+def _row_regrets(surrogate_RN: np.ndarray, true_RN: np.ndarray) -> np.ndarray:
+    is_pick_RN = surrogate_RN == surrogate_RN.max(axis=1, keepdims=True)
+    at_pick_R = np.where(is_pick_RN, true_RN, 0).sum(axis=1) / is_pick_RN.sum(axis=1)
+    return true_RN.max(axis=1) - at_pick_R
 
 
 def _same_items(a_V: np.ndarray, b_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
