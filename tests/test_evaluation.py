@@ -6,7 +6,7 @@ import torch
 
 from datalloy.config import Evaluate, Train
 from datalloy.errors import DataError, ModelError
-from datalloy.evaluation import answer_losses, evaluate
+from datalloy.evaluation import MetricItems, answer_losses, evaluate
 from datalloy.sample import Turn
 from datalloy.training import train
 from drawn import build_vlm, draw_samples
@@ -126,5 +126,81 @@ def test_reference_that_does_not_suit_the_metric_is_named(vlm, samples):
 def test_loss_that_is_not_finite_is_an_error_with_the_sample(vlm, samples):
     broken = vlm.copy()
     next(broken.model.parameters()).data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"is nan on sample drawn-0 and not finite on 2 of 2"):
+    with pytest.raises(ModelError, match="not finite on 2 of 2 samples, the first is drawn-0"):
         evaluate(broken, samples[:2], "loss", SETTINGS)
+
+
+# items for many candidates
+
+
+METRICS = {"scored": "loss", "matched": "exact_match", "likened": "anls"}
+
+
+@pytest.fixture(scope="module")
+def targets(samples):
+    """With questions that the model was not trained on, so that marks differ."""
+    unseen = draw_samples(12, seed=1)
+    return {"scored": samples[:5], "matched": [*samples[5:7], unseen[7]], "likened": [*samples[8:10], *unseen[10:]]}
+
+
+@pytest.mark.parametrize("share_vision", [False, True])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_metric_items_have_the_marks_of_evaluation(blocks, share_vision, vlm, targets):
+    items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=blocks, share_vision=share_vision)
+    for _ in range(2):
+        value_V = items.values(vlm)
+        for g, (name, group) in enumerate(targets.items()):
+            marks_V = evaluate(vlm, group, METRICS[name], SETTINGS).values_V
+            expected = -marks_V if METRICS[name] == "loss" else marks_V
+            assert value_V[items.target_V == g] == pytest.approx(expected, abs=1e-5)
+    assert 0 < value_V[items.target_V == 1].sum() < 3
+
+
+def test_values_of_a_block_are_those_of_its_items_in_their_order(vlm, targets):
+    items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=3)
+    value_V = items.values(vlm)
+    for block in range(3):
+        assert np.array_equal(items.values(vlm, block), value_V[items.block_V == block])
+
+
+def test_a_block_measures_its_own_items_alone(vlm, targets, monkeypatch):
+    items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=3)
+    answered = []
+    write = type(vlm).write_answers
+    monkeypatch.setattr(type(vlm), "write_answers", lambda *a, **o: answered.extend(write(*a, **o)) or answered)
+    items.values(vlm, 1)
+    assert len(answered) == ((items.block_V == 1) & (items.target_V > 0)).sum()
+
+
+def test_each_block_holds_items_of_every_target_in_even_parts(vlm, targets):
+    items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=3)
+    counts_GB = np.zeros((3, 3), int)
+    np.add.at(counts_GB, (items.target_V, items.block_V), 1)
+    assert np.sort(counts_GB).tolist() == [[1, 2, 2], [1, 1, 1], [1, 1, 2]]
+
+
+def test_blocks_do_not_depend_on_the_order_of_the_samples(vlm, samples):
+    def blocks(group):
+        items = MetricItems.lay_out(vlm, {"t": group}, {"t": "loss"}, SETTINGS, blocks=3)
+        return {sample.id: block for sample, block in zip(group, items.block_V, strict=True)}
+
+    assert blocks(samples) == blocks(samples[::-1])
+    assert list(blocks(samples).values()) != [i % 3 for i in range(len(samples))]
+
+
+def test_more_blocks_than_items_are_refused(vlm, targets):
+    with pytest.raises(DataError, match="target matched has 3 items, too few for 4 blocks"):
+        MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=4)
+
+
+def test_a_target_without_items_is_refused(vlm, targets):
+    with pytest.raises(DataError, match="target matched has 0 items"):
+        MetricItems.lay_out(vlm, targets | {"matched": []}, METRICS, SETTINGS, blocks=1)
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_refused_with_the_sample(vlm, targets):
+    items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=1)
+    broken = vlm.copy()
+    broken.output_head().weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite on 5 of 12 samples, the first is drawn-0"):
+        items.values(broken)

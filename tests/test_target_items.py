@@ -31,6 +31,20 @@ def test_items_are_batched_with_items_of_like_length():
     assert [positions.tolist() for positions, _ in items.batches] == [[1, 2], [0]]
 
 
+def test_targets_apart_share_no_batch():
+    items = lay_out(
+        Quadratic(0.0), POINTS[:2], POINTS[2:], POINTS, weights=(1, 1, 1), items_per_batch=2, targets_apart=True
+    )
+    assert [positions.tolist() for positions, _ in items.batches] == [[1, 0], [2], [4, 5], [3]]
+    assert items.losses(Quadratic(0.0)).tolist() == [0.5, 2, 8, 0.5, 2, 8]
+
+
+def test_shared_vision_changes_no_loss(proxy, targets, items):
+    shared = TargetItems.lay_out(proxy, targets, {"first": 1.0, "second": 3.0}, share_vision=True)
+    for _ in range(2):
+        assert np.array_equal(shared.losses(proxy), items.losses(proxy))
+
+
 def test_losses_of_a_real_model_do_not_depend_on_the_layout(proxy, targets):
     """Padding and batching round differently; 1e-5 nats is some ten times what float32 was seen to lose."""
     losses = [

@@ -26,7 +26,7 @@ import tiny_families
 from datalloy.errors import ModelError
 from datalloy.sample import FileImage, Origin, Sample, Turn
 from datalloy.tiny.model import build_model, build_processor
-from datalloy.vlm import IGNORED, VLM, EncodeError
+from datalloy.vlm import IGNORED, VLM, EncodeError, VisionFeatures
 
 # float32 sums in another order: seen up to 1e-6 on losses of 5 to 6
 TOLERANCE = 1e-5
@@ -199,6 +199,78 @@ def test_generating_leaves_modes_and_losses_as_they_were(checkpoint, mixed):
     assert torch.equal(single_losses(vlm, mixed), before)
 
 
+def test_prompts_are_laid_out_once_and_answered_by_any_model(checkpoint, mixed):
+    vlm = checkpoint.vlm
+    other = vlm.copy()
+    torch.nn.init.zeros_(other.output_head().weight)
+    prompts = vlm.lay_out_prompts(mixed, 3)
+    for model in (vlm, other, vlm):
+        expected = model.generate(mixed, max_new_tokens=4, batch_size=3)
+        assert model.write_answers(prompts, max_new_tokens=4) == expected
+
+
+def count_looks(vlm: VLM) -> list:
+    """Grows by one each time the vision tower computes something."""
+    looks: list = []
+    next(vlm.vision_tower().children()).register_forward_hook(lambda *_: looks.append(1))
+    return looks
+
+
+def kept_losses(vlm: VLM, batch, vision: VisionFeatures, key=0) -> torch.Tensor:
+    with torch.no_grad(), vision.reuse(vlm, key):
+        return vlm.losses(batch)
+
+
+def test_vision_features_are_computed_once_and_change_no_loss_or_answer(checkpoint, mixed):
+    vlm = checkpoint.vlm.view()
+    batch = vlm.collate([vlm.encode(sample) for sample in mixed])
+    prompts = vlm.lay_out_prompts(mixed, 3)
+    loss_B, answers = vlm.losses(batch), vlm.write_answers(prompts, max_new_tokens=4)
+    looks = count_looks(vlm)
+    for_losses, for_answers = VisionFeatures(), VisionFeatures()
+    kept_losses(vlm, batch, for_losses)
+    vlm.write_answers(prompts, max_new_tokens=4, vision=for_answers)
+    once = len(looks)
+    assert once >= 2
+    for _ in range(2):
+        assert torch.equal(kept_losses(vlm, batch, for_losses), loss_B)
+        assert vlm.write_answers(prompts, max_new_tokens=4, vision=for_answers) == answers
+    assert len(looks) == once
+
+
+def test_what_stands_behind_the_tower_is_computed_anew(checkpoint, mixed):
+    vlm = checkpoint.vlm.copy()
+    batch = vlm.collate([vlm.encode(sample) for sample in mixed])
+    vision = VisionFeatures()
+    before = kept_losses(vlm, batch, vision)
+    tower = {id(parameter) for parameter in vlm.vision_tower().parameters()}
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            if id(parameter) not in tower:
+                parameter.mul_(1.01)
+    after = kept_losses(vlm, batch, vision)
+    assert torch.equal(after, single_batch_losses(vlm, batch))
+    assert not torch.equal(after, before)
+
+
+def single_batch_losses(vlm: VLM, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return vlm.losses(batch)
+
+
+def test_kept_features_leave_the_decoders_gradients_as_they_are(checkpoint, mixed):
+    vlm = checkpoint.vlm
+    batch = vlm.collate([vlm.encode(sample) for sample in mixed])
+    parameters = list(vlm.decoder_layers()[0].parameters())
+    expected = torch.autograd.grad(vlm.losses(batch).sum(), parameters)
+    vision = VisionFeatures()
+    for _ in range(2):
+        with vision.reuse(vlm, 0):
+            found = torch.autograd.grad(vlm.losses(batch).sum(), parameters)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_trained_on_three_answers_a_model_gives_them_and_stops(checkpoint, picture):
     """Ties the ends together: labels, shift, pictures, prompt, padding and stopping agree, or this fails."""
     vlm = checkpoint.vlm.copy()
@@ -307,6 +379,94 @@ def test_copy_has_weights_of_its_own(embedded, mixed):
     torch.nn.init.zeros_(twin.model.lm_head.weight)
     assert torch.equal(single_losses(embedded, mixed[:1]), before)
     assert twin.processor is embedded.processor
+
+
+def test_a_view_shares_weights_and_nothing_else(embedded, mixed):
+    base = embedded.copy()
+    view = base.view()
+    before = single_losses(base, mixed[:1])
+    assert torch.equal(single_losses(view, mixed[:1]), before)
+    view.output_head().register_forward_hook(lambda *_: pytest.fail("called"))
+    view.output_head().weight = torch.nn.Parameter(torch.zeros_like(base.output_head().weight))
+    assert torch.equal(single_losses(base, mixed[:1]), before)
+    assert all(parameter.requires_grad for parameter in base.model.parameters())
+    pointers = {parameter.data_ptr() for parameter in base.model.parameters()}
+    own = [name for name, parameter in view.model.named_parameters() if parameter.data_ptr() not in pointers]
+    assert own == ["lm_head.weight"]
+
+
+def test_a_view_is_evaluated_whatever_its_model_does(embedded):
+    base = embedded.copy()
+    base.model.train()
+    assert not any(module.training for module in base.view().model.modules())
+    assert base.model.training
+
+
+@pytest.fixture
+def looking(embedded, mixed) -> tuple[VLM, dict]:
+    vlm = embedded.copy()
+    return vlm, vlm.collate([vlm.encode(sample) for sample in mixed])
+
+
+def test_a_failure_inside_gives_the_tower_back_and_keeps_nothing(looking):
+    vlm, batch = looking
+    vision = VisionFeatures()
+    expected = single_batch_losses(vlm, batch)
+    failing = vlm.output_head().register_forward_hook(lambda *_: {}["no such key"])
+    with pytest.raises(KeyError):  # after the tower was called
+        kept_losses(vlm, batch, vision)
+    failing.remove()
+    assert "forward" not in vars(vlm.vision_tower())
+    looks = count_looks(vlm)
+    assert torch.equal(kept_losses(vlm, batch, vision), expected)
+    assert looks
+
+
+def test_a_tower_that_somebody_else_replaced_is_given_back_replaced(looking):
+    vlm, batch = looking
+    tower = vlm.vision_tower()
+    tower.forward = replaced = type(tower).forward.__get__(tower)
+    kept_losses(vlm, batch, VisionFeatures())
+    assert tower.forward is replaced
+
+
+def test_features_are_kept_by_batch(looking, mixed):
+    vlm, batch = looking
+    other = vlm.collate([vlm.encode(mixed[1])])
+    vision = VisionFeatures()
+    for _ in range(2):
+        assert torch.equal(kept_losses(vlm, batch, vision, "all"), single_batch_losses(vlm, batch))
+        assert torch.equal(kept_losses(vlm, other, vision, "one"), single_batch_losses(vlm, other))
+
+
+def test_a_batch_without_pictures_has_features_to_keep_too(looking, mixed):
+    vlm, _ = looking
+    text = vlm.collate([vlm.encode(mixed[0])])
+    vision = VisionFeatures()
+    for _ in range(2):
+        assert torch.equal(kept_losses(vlm, text, vision), single_batch_losses(vlm, text))
+
+
+def test_features_of_another_tower_are_refused(looking):
+    vlm, batch = looking
+    vision = VisionFeatures()
+    kept_losses(vlm, batch, vision)
+    kept_losses(vlm.view(), batch, vision)
+    with pytest.raises(ModelError, match="is not the one whose features were kept"):
+        kept_losses(vlm.copy(), batch, vision)
+    with torch.no_grad():
+        next(vlm.vision_tower().parameters()).mul_(2)
+    with pytest.raises(ModelError, match="or was changed since"):
+        kept_losses(vlm, batch, vision)
+
+
+def test_more_looks_than_were_kept_are_refused(looking):
+    vlm, batch = looking
+    vision = VisionFeatures()
+    with vision.reuse(vlm, 0):
+        pass
+    with pytest.raises(ModelError, match="looks at batch 0 more often"):
+        kept_losses(vlm, batch, vision)
 
 
 def test_answers_come_back_in_the_order_of_the_samples(embedded):

@@ -2,15 +2,17 @@
 
 Two ways to judge. Generation writes answers greedily and marks them with a metric; it is what users mean by quality,
 slow and coarse. The answer loss asks how probable the known answer was; one forward pass, and smooth enough to rank
-models that differ by little. Every stage that measures a model measures it here.
+models that differ by little. Every stage that measures a model measures it here: `evaluate` one model, with intervals;
+`MetricItems` many candidates on the same items, which are decoded, laid out and, where the vision tower is shared,
+looked at only once.
 
 Results do not depend on the batch size up to rounding: losses within about 1e-5 nats in float32, and answers except
 where two tokens are equally probable to that precision. Batches are laid out the same way each time, so equal calls
 give equal bits.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ from datalloy.errors import DataError, ModelError
 from datalloy.metrics import METRICS
 from datalloy.progress import track
 from datalloy.sample import Sample
+from datalloy.target_items import TargetItems
 from datalloy.uncertainty import Interval, bootstrap_interval
-from datalloy.vlm import VLM, Encoded
+from datalloy.vlm import VLM, Encoded, Prompts, VisionFeatures
 
 BOOTSTRAP_SEED = 0
 CHUNK_BATCHES = (
@@ -82,11 +85,7 @@ def evaluate(vlm: VLM, samples: Sequence[Sample], metric: Metric, settings: Eval
             values.extend(_mark(answer, sample, metric) for answer, sample in zip(written, chunk, strict=True))
             predictions.extend(written)
     values_V = np.array(values)
-    if broken := np.flatnonzero(~np.isfinite(values_V)).tolist():
-        raise ModelError(
-            f"the answer loss of {vlm.name} is {values_V[broken[0]]} on sample {samples[broken[0]].id} and not finite "
-            f"on {len(broken)} of {len(samples)}; its weights or its training diverged"
-        )
+    _check_losses(vlm, samples, values_V)
     interval = bootstrap_interval(
         values_V, confidence=settings.confidence, resamples=settings.resamples, seed=BOOTSTRAP_SEED
     )
@@ -99,6 +98,136 @@ def evaluate(vlm: VLM, samples: Sequence[Sample], metric: Metric, settings: Eval
         references=tuple(sample.answer for sample in samples),
         ids=tuple(sample.id for sample in samples),
     )
+
+
+@dataclass(frozen=True)
+class MetricItems:
+    """The items of all targets, each judged by its target's metric, in fixed batches for many candidates.
+
+    They are dealt to blocks for racing: `block_V` is the block of each item, and each block holds items of every
+    target. Which item comes into which block depends on its content alone, not on the order of the samples. Targets
+    come in the order given, items in the order of their samples. Marks equal those of `evaluate`.
+    """
+
+    names: tuple[str, ...]
+    target_V: np.ndarray
+    block_V: np.ndarray
+    samples_V: tuple[Sample, ...] = field(repr=False)
+    _metric_G: tuple[Metric, ...] = field(repr=False)
+    _blocks: tuple["_Block", ...] = field(repr=False)
+
+    @classmethod
+    def lay_out(
+        cls,
+        vlm: VLM,
+        samples: Mapping[str, Sequence[Sample]],
+        metrics: Mapping[str, Metric],
+        settings: Evaluate,
+        *,
+        blocks: int,
+        share_vision: bool = False,
+    ) -> "MetricItems":
+        """Lay out `samples` of each target. `share_vision`: all candidates have the vision tower of the first.
+
+        Price: pixels of all items stay in memory, and with `share_vision` what the tower sees in them. Raises DataError
+        where a target has fewer items than `blocks`, or an item cannot be encoded.
+        """
+        for name, group in samples.items():
+            if len(group) < max(blocks, 1):
+                raise DataError(f"target {name} has {len(group)} items, too few for {blocks} blocks with one in each")
+        target_V = np.repeat(np.arange(len(samples)), [len(group) for group in samples.values()])
+        block_V = np.concatenate([_deal(group, blocks) for group in samples.values()])
+        samples_V = tuple(sample for group in samples.values() for sample in group)
+        metric_G = tuple(metrics[name] for name in samples)
+        is_loss_V = np.array([metric == "loss" for metric in metric_G])[target_V]
+        return cls(
+            names=tuple(samples),
+            target_V=target_V,
+            block_V=block_V,
+            samples_V=samples_V,
+            _metric_G=metric_G,
+            _blocks=tuple(
+                _Block.lay_out(
+                    vlm,
+                    samples_V,
+                    scored_V=np.flatnonzero((block_V == block) & is_loss_V),
+                    written_V=np.flatnonzero((block_V == block) & ~is_loss_V),
+                    settings=settings,
+                    share_vision=share_vision,
+                )
+                for block in range(blocks)
+            ),
+        )
+
+    def values(self, vlm: VLM, block: int | None = None) -> np.ndarray:
+        """Values of the block's items, or of all, in the order of V: higher is better, the metric loss comes negated.
+
+        Raises ModelError where a loss is not finite, DataError where a reference does not suit its metric.
+        """
+        value_V = np.empty(len(self.target_V))
+        for part in self._blocks if block is None else (self._blocks[block],):
+            value_V[part.scored_V] = -part.losses(vlm)
+            for v, answer in zip(part.written_V.tolist(), part.answers(vlm), strict=True):
+                value_V[v] = _mark(answer, self.samples_V[v], self._metric_G[self.target_V[v]])
+        shown_V = np.arange(len(value_V)) if block is None else np.flatnonzero(self.block_V == block)
+        _check_losses(vlm, [self.samples_V[v] for v in shown_V], value_V[shown_V])
+        return value_V[shown_V]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The items of one block in batches: those whose answers are scored, and those whose answers are written."""
+
+    scored_V: np.ndarray
+    written_V: np.ndarray
+    items: TargetItems
+    prompts: Prompts
+    vision: VisionFeatures | None
+    max_new_tokens: int
+
+    @classmethod
+    def lay_out(
+        cls,
+        vlm: VLM,
+        samples_V: Sequence[Sample],
+        *,
+        scored_V: np.ndarray,
+        written_V: np.ndarray,
+        settings: Evaluate,
+        share_vision: bool,
+    ) -> "_Block":
+        encoded = {"loss": [vlm.encode(samples_V[v]) for v in scored_V]}
+        size = settings.batch_size
+        return cls(
+            scored_V=scored_V,
+            written_V=written_V,
+            items=TargetItems.lay_out(vlm, encoded, {"loss": 1.0}, items_per_batch=size, share_vision=share_vision),
+            prompts=vlm.lay_out_prompts([samples_V[v] for v in written_V], size),
+            vision=VisionFeatures() if share_vision else None,
+            max_new_tokens=settings.max_new_tokens,
+        )
+
+    def losses(self, vlm: VLM) -> np.ndarray:
+        return self.items.losses(vlm)
+
+    def answers(self, vlm: VLM) -> list[str]:
+        return vlm.write_answers(self.prompts, max_new_tokens=self.max_new_tokens, vision=self.vision)
+
+
+def _deal(samples: Sequence[Sample], blocks: int) -> np.ndarray:
+    """The block of each sample, in the order given: dealt round robin in the order of their content."""
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].content_hash, i))
+    block_V = np.empty(len(samples), dtype=int)
+    block_V[order] = np.arange(len(samples)) % blocks
+    return block_V
+
+
+def _check_losses(vlm: VLM, samples: Sequence[Sample], values_V: np.ndarray) -> None:
+    if broken := np.flatnonzero(~np.isfinite(values_V)).tolist():
+        raise ModelError(
+            f"the answer loss of {vlm.name} is not finite on {len(broken)} of {len(samples)} samples, the first is "
+            f"{samples[broken[0]].id}; its weights or its training diverged"
+        )
 
 
 def _mark(answer: str, sample: Sample, metric: Metric) -> float:

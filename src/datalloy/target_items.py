@@ -4,6 +4,7 @@ The items of all targets are laid out once in fixed batches (sorted by length), 
 loss after a step are computed with the same padding and their rounding cancels. Legend: V target items, G targets.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datalloy.vlm import VLM, Encoded
+from datalloy.vlm import VLM, Encoded, VisionFeatures
 
 # Part of the layout, hence of the result's last bits: a constant, not a setting.
 ITEMS_PER_BATCH = 64
@@ -34,13 +35,15 @@ class TargetItems:
     """The items of all targets in one fixed layout.
 
     `weight_G` sums to one; `target_V` is the index of each item's target. `batches` holds, for each batch, the
-    positions of its items in V and the collated tensors.
+    positions of its items in V and the collated tensors. With `vision`, what the vision tower sees is computed once for
+    all models that are measured: for those that share its weights, and gradients do not reach it.
     """
 
     names: tuple[str, ...]
     weight_G: np.ndarray
     target_V: np.ndarray
     batches: tuple[tuple[np.ndarray, dict[str, Tensor]], ...]
+    vision: VisionFeatures | None = None
 
     @classmethod
     def lay_out(
@@ -50,17 +53,26 @@ class TargetItems:
         weights: Mapping[str, float],
         *,
         items_per_batch: int = ITEMS_PER_BATCH,
+        share_vision: bool = False,
+        targets_apart: bool = False,
     ) -> "TargetItems":
+        """Lay out the encoded items of each target. `share_vision`: all models measured have one vision tower.
+
+        `targets_apart`: no batch holds items of two targets. A gradient of each target then costs one backward pass of
+        its own batches and not of all; a little more padding is its price.
+        """
         items = [item for name in encoded for item in encoded[name]]
         target_V = np.repeat(np.arange(len(encoded)), [len(group) for group in encoded.values()])
         order = sorted(range(len(items)), key=lambda v: (items[v].length, v))
-        chunks = [order[i : i + items_per_batch] for i in range(0, len(order), items_per_batch)]
+        groups = [[v for v in order if target_V[v] == g] for g in range(len(encoded))] if targets_apart else [order]
+        chunks = [group[i : i + items_per_batch] for group in groups for i in range(0, len(group), items_per_batch)]
         weight_G = np.array([weights[name] for name in encoded], dtype=float)
         return cls(
             names=tuple(encoded),
             weight_G=weight_G / weight_G.sum(),
             target_V=target_V,
             batches=tuple((np.array(chunk), vlm.collate([items[v] for v in chunk])) for chunk in chunks),
+            vision=VisionFeatures() if share_vision else None,
         )
 
     @property
@@ -79,10 +91,15 @@ class TargetItems:
             loss_V[positions] = losses.cpu().double().numpy()
         return loss_V
 
+    def batch_losses(self, vlm: VLM, index: int) -> Tensor:
+        """Losses of the items of one batch, in its order, differentiable."""
+        with self.vision.reuse(vlm, index) if self.vision else contextlib.nullcontext():
+            return vlm.losses(self.batches[index][1])
+
     def losses(self, vlm: VLM) -> np.ndarray:
         """Loss of every item under the model as it is now, [V], nats per token."""
         with torch.no_grad():
-            return self.gather([vlm.losses(batch) for _, batch in self.batches])
+            return self.gather([self.batch_losses(vlm, index) for index in range(len(self.batches))])
 
     def utility(self, fall_V: np.ndarray) -> Utility:
         """Weighted mean fall of the loss, with the standard error that the choice of target items brings."""
@@ -98,9 +115,9 @@ class TargetItems:
         """Gradient of the weighted target loss, or of one target's mean loss, with respect to `parameters`."""
         weight_V = self.item_weight_V if target is None else (self.target_V == target) / self.count_G[target]
         total = [torch.zeros_like(p) for p in parameters]
-        for positions, batch in self.batches:
+        for index, (positions, _) in enumerate(self.batches):
             weights = torch.as_tensor(weight_V[positions], dtype=torch.float32, device=vlm.device)
-            parts = torch.autograd.grad((vlm.losses(batch) * weights).sum(), parameters, allow_unused=True)
+            parts = torch.autograd.grad((self.batch_losses(vlm, index) * weights).sum(), parameters, allow_unused=True)
             for sum_, part in zip(total, parts, strict=True):
                 if part is not None:
                     sum_ += part

@@ -7,6 +7,9 @@ exactly or the sample is refused: the conversation is rendered a second time wit
 between the markers must stand between the answers too, and characters are carried to tokens through the
 processor's record of how it expanded the images.
 
+Many models can be measured on one layout of samples: prompts are laid out once (`Prompts`), and what a vision tower
+that they share sees in the pictures is computed once (`VisionFeatures`).
+
 Pictures go through the PIL image processors even where torchvision is installed, so that results do not depend on
 it. Processors that could also take video are built without that part. Nothing is ever truncated.
 """
@@ -17,7 +20,8 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +30,7 @@ import huggingface_hub
 import jinja2
 import peft
 import safetensors
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
@@ -78,6 +83,32 @@ GREEDY: dict[str, Any] = {
     "no_repeat_ngram_size": 0,
     "use_cache": True,
 }
+
+# What may stand in the settings of a LoRA adapter that is a plain low-rank update of linear layers. Any other key must
+# have its default: DoRA, trained biases, KaSA and what later releases of PEFT may bring compute something else.
+LORA_SETTINGS = {
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "fan_in_fan_out",  # concerns layers that are no torch.nn.Linear, and those are refused
+    "init_lora_weights",
+}
+# Other ways to begin (PiSSA, OLoRA, CorDA, LoftQ) take something out of the base's own weights.
+LORA_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 
 # Stands for an answer while a template is examined. A sample that contains it is refused as a mismatch.
 MARKER = "datalloy-answer-5b0c61f2a94e"
@@ -133,6 +164,27 @@ class ChatFormat:
     control_tokens: dict[int, str]  # the tokenizer's special tokens by id
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the weight of one linear layer: `b_OR @ a_RI`, float32, its scaling in `b_OR`."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts in one fixed layout: `batches` holds positions of samples and their tensors, padded on the left.
+
+    Short ones come first, ties by position. The tensors are the CPU's; a batch goes to the device when it is answered.
+    """
+
+    batches: tuple[tuple[tuple[int, ...], dict[str, Tensor]], ...]
+
+    @property
+    def count(self) -> int:
+        return sum(len(positions) for positions, _ in self.batches)
+
+
 @dataclass(eq=False)
 class VLM:
     """A vision-language model with its processor. `name` is the path or hub id it was asked for by.
@@ -153,13 +205,10 @@ class VLM:
         Code that comes with a checkpoint is never run and weights are read from safetensors only. Raises ModelError.
         """
         folder = _settings_folder(path)
-        try:
-            with _quiet():
-                if (folder / "adapter_config.json").exists():
-                    return _load_adapter(path, folder, device=device, dtype=dtype)
-                return _load_model(path, folder, device=device, dtype=dtype)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise ModelError(f"cannot load {path}: {error}") from error
+        with _reading(path):
+            if (folder / "adapter_config.json").exists():
+                return _load_adapter(path, folder, device=device, dtype=dtype)
+            return _load_model(path, folder, device=device, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +244,7 @@ class VLM:
 
     def collate(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
         """One batch on the model's device, padded on the right, "labels" included."""
-        batch = self._pad([item.inputs for item in encoded], side="right")
+        batch = self._to_device(self._pad([item.inputs for item in encoded], side="right"))
         labels = _pad_tokens([item.labels for item in encoded], IGNORED, side="right")
         return batch | {"labels": labels.to(self.device)}
 
@@ -215,24 +264,35 @@ class VLM:
         token_losses_BT = token_losses.new_zeros(targets_BT.shape).masked_scatter(supervised_BT, token_losses)
         return token_losses_BT.sum(dim=1) / supervised_BT.sum(dim=1)
 
-    @torch.no_grad()
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers to the prompts of the samples, in their order, stripped and without special tokens.
 
-        Batches are formed from short prompts to long ones, ties by position. Raises EncodeError.
+        Raises EncodeError.
         """
+        return self.write_answers(self.lay_out_prompts(samples, batch_size), max_new_tokens=max_new_tokens)
+
+    def lay_out_prompts(self, samples: Sequence[Sample], batch_size: int) -> Prompts:
+        """The prompts of the samples, ready to be answered by this model and by others with its processor."""
         prompts = [self._encode_prompt(sample) for sample in samples]
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i]["input_ids"].shape[1], i))
+        chunks = [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+        return Prompts(tuple((chunk, self._pad([prompts[i] for i in chunk], side="left")) for chunk in chunks))
+
+    @torch.no_grad()
+    def write_answers(
+        self, prompts: Prompts, *, max_new_tokens: int, vision: "VisionFeatures | None" = None
+    ) -> list[str]:
+        """As `generate`, for prompts that are laid out. `vision` keeps what the vision tower sees in them."""
         settings = transformers.GenerationConfig(
             **GREEDY, max_new_tokens=max_new_tokens, eos_token_id=self._stop_ids(), pad_token_id=self._pad_id()
         )
-        answers = [""] * len(prompts)
+        answers = [""] * prompts.count
         with _evaluating(self.model):
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = self._pad([prompts[i] for i in chosen], side="left")
-                tokens = self.base_model.generate(**batch, generation_config=settings)
-                for i, written in zip(chosen, tokens[:, batch["input_ids"].shape[1] :], strict=True):
+            for key, (positions, padded) in enumerate(prompts.batches):
+                batch = self._to_device(padded)
+                with vision.reuse(self, key) if vision else contextlib.nullcontext():
+                    tokens = self.base_model.generate(**batch, generation_config=settings)
+                for i, written in zip(positions, tokens[:, batch["input_ids"].shape[1] :], strict=True):
                     text = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                     answers[i] = text.strip()
         return answers
@@ -249,13 +309,116 @@ class VLM:
         """The layer that turns normed hidden states into logits."""
         return self.base_model.get_output_embeddings()
 
-    def vision_parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The parameters of the vision tower, without the connector to the language model."""
+    def vision_tower(self) -> torch.nn.Module:
+        """What looks at pictures. In most families the connector stands behind it; Qwen keeps it, the merger, inside.
+
+        Raises ModelError where there is none.
+        """
         tower = self.base_model.get_encoder(modality="image")
         if tower is self.base_model:
             raise ModelError(f"{self.name}: no vision tower found in a {self.base_model.config.model_type!r} model")
-        # Qwen keeps its connector, the merger, inside the tower
-        return (parameter for name, parameter in tower.named_parameters() if "merger" not in name)
+        return tower
+
+    def vision_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters of the vision tower, without the connector to the language model."""
+        return (parameter for name, parameter in self.vision_tower().named_parameters() if "merger" not in name)
+
+    def low_rank_updates(self, folder: Path) -> dict[str, LowRank]:
+        """What the LoRA adapter in `folder` adds to this model's linear layers, by the layer's name in `model`.
+
+        PEFT loads the adapter into a view of this model, so ranks, scalings and names are read as PEFT reads them.
+        Raises ModelError for any adapter that is more than low-rank updates of linear layers, for another base's, and
+        where file and layers do not match tensor for tensor.
+        """
+        with _reading(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
+            _check_adapter_file(folder)
+            self._check_adapter_settings(folder)
+            self._check_adapter_tensors(folder)
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            adapted: Any = peft.PeftModel(self.view().model, config)
+            try:
+                found = adapted.load_adapter(str(folder), "default", torch_device=str(self.device))
+            except RuntimeError as error:
+                raise ModelError(f"{folder}: the adapter's tensors do not fit {self.name}: {error}") from error
+        if odd := sorted([*found.unexpected_keys, *found.missing_keys]):
+            raise ModelError(
+                f"{folder}: {len(odd)} tensors of the adapter find no layer or are missing, such as {odd[0]}"
+            )
+        updates = {}
+        layers: list[tuple[str, Any]] = [
+            (name, module)
+            for name, module in adapted.get_base_model().named_modules()
+            if isinstance(module, peft.tuners.lora.LoraLayer)
+        ]
+        for name, layer in layers:
+            if type(layer.get_base_layer()) is not torch.nn.Linear:
+                kind = type(layer.get_base_layer()).__name__
+                raise ModelError(
+                    f"{folder} adapts {name}, which is of the kind {kind}; only linear layers are supported"
+                )
+            a_RI, b_OR = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+            updates[name] = LowRank(a_RI.float(), b_OR.float() * layer.scaling["default"])
+        return updates
+
+    def _check_adapter_settings(self, folder: Path) -> None:
+        given = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if given.get("peft_type") != "LORA":
+            raise ModelError(f"{folder} is a {given.get('peft_type')} adapter; only LoRA adapters are supported")
+        usual = peft.LoraConfig().to_dict()
+        for key in sorted(set(given) - LORA_SETTINGS):
+            if given[key] and given[key] != usual.get(key):
+                raise ModelError(
+                    f"{folder}/adapter_config.json sets {key} to {given[key]!r}, which is more than a low-rank "
+                    "update of linear layers; export the tuned model as a full checkpoint"
+                )
+        if (beginning := given.get("init_lora_weights", True)) not in LORA_BEGINNINGS:
+            raise ModelError(
+                f"{folder}/adapter_config.json sets init_lora_weights to {beginning!r}, which changes the base's own "
+                "weights; convert the adapter to plain LoRA when saving it, or export a full checkpoint"
+            )
+        if not self._is_named(named := given.get("base_model_name_or_path")):
+            raise ModelError(
+                f"{folder} is an adapter for {named}, not for {self.name}; if both are the same model, put the path "
+                "into its adapter_config.json"
+            )
+
+    def _check_adapter_tensors(self, folder: Path) -> None:
+        """Low-rank factors only. PEFT adds a copy of an adapted head's weights: it must be the base's, bit for bit.
+
+        It is checked beforehand because PEFT writes it over the weights of the model that it loads the adapter into.
+        """
+        originals = dict(self.model.named_parameters(remove_duplicate=False))  # a tied head has a name of its own
+        with safetensors.safe_open(folder / "adapter_model.safetensors", framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                if key.endswith((".lora_A.weight", ".lora_B.weight")):
+                    continue
+                original = originals.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+                if original is None or not torch.equal(file.get_tensor(key).to(original), original):
+                    raise ModelError(
+                        f"{folder}: the adapter brings {key}, which is neither a low-rank factor nor a tensor of "
+                        f"{self.name} unchanged; export the tuned model as a full checkpoint"
+                    )
+
+    def _is_named(self, path: str | None) -> bool:
+        if path in (self.name, self.base_model.name_or_path):
+            return True
+        return path is not None and Path(path).exists() and Path(path).resolve() == self.folder.resolve()
+
+    def processor_difference(self, folder: Path) -> str | None:
+        """What the processor's files in `folder` have otherwise than this model: "tokenizer", "chat template" or None.
+
+        Files that are not there differ in nothing. Tokenizers are compared as the library reads and writes them, since
+        releases format one and the same tokenizer in several ways.
+        """
+        with _reading(folder):
+            own, other = self.folder / "tokenizer.json", folder / "tokenizer.json"
+            if own.exists() and other.exists() and _canonical_tokenizer(own) != _canonical_tokenizer(other):
+                return "tokenizer"
+            template = _read_chat_template(folder)
+            if template is not None and template.strip() != str(self.processor.chat_template).strip():
+                return "chat template"
+        return None
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads: safetensors (under PEFT the adapter alone) and the processor's files."""
@@ -269,6 +432,16 @@ class VLM:
     def copy(self) -> "VLM":
         """The same model with weights of its own; the processor is shared."""
         return dataclasses.replace(self, model=copy.deepcopy(self.model))
+
+    def view(self) -> "VLM":
+        """The same model in modules of its own on the same weights, which count as constants there, in eval mode.
+
+        Hooks, adapters and weights put into the view leave this model as it is, and the view costs no memory. Trap: a
+        weight that is changed in place changes in both.
+        """
+        shared = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in self.model.parameters()}
+        buffers = {id(buffer): buffer for buffer in self.model.buffers()}
+        return dataclasses.replace(self, model=copy.deepcopy(self.model, shared | buffers).eval())
 
     def _render(self, sample: Sample, turns: Sequence[Turn], *, prompt: bool = False) -> str:
         for turn in turns:
@@ -344,7 +517,7 @@ class VLM:
         return self._process(sample, self._render(sample, sample.prompt, prompt=True), images)[0]
 
     def _pad(self, items: Sequence[dict[str, Tensor]], *, side: Literal["left", "right"]) -> dict[str, Tensor]:
-        """One batch on the device: tensors over tokens padded, those over images joined, in the order of the items.
+        """One batch: tensors over tokens padded, those over images joined, in the order of the items.
 
         A sample without images adds no image rows, not even in Idefics3, whose image tensors have a row a sample:
         the model takes the real images out of them and lays them onto the image tokens one after another.
@@ -356,6 +529,9 @@ class VLM:
                 batch[name] = _pad_tokens(tensors, self._pad_id() if name == "input_ids" else 0, side=side)
             else:
                 batch[name] = _pad_and_concatenate(tensors)
+        return batch
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.base_model.dtype
         return {name: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for name, t in batch.items()}
 
@@ -366,6 +542,67 @@ class VLM:
     def _pad_id(self) -> int:
         # which token pads does not matter: it is masked
         return self._stop_ids()[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+class VisionFeatures:
+    """What a vision tower gives for fixed batches, computed once for all models that share the tower's weights.
+
+    For targets that many candidates are measured on while the tower is frozen; the connector behind the tower is
+    computed anew each time, because candidates may differ in it. Price: the tower's outputs stay on the device, for a
+    picture as many numbers as its patches times the tower's width. No gradient reaches the tower.
+
+    Trap: only the tower's weights are compared. A hook in the tower goes unnoticed, and a batch under the key of
+    another is answered with the other's pictures.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: dict[Hashable, list[Any]] = {}
+        # held on to, or another model's could come to lie where they lay; with how often each was written to
+        self._weights: list[tuple[Tensor, int]] | None = None
+
+    @contextlib.contextmanager
+    def reuse(self, vlm: VLM, key: Hashable) -> Iterator[None]:
+        """Calls of the tower inside are recorded when `key`, a fixed batch, comes first, and replayed afterwards.
+
+        Raises ModelError for a tower with other weights than before, or more calls than were recorded.
+        """
+        tower: Any = vlm.vision_tower()
+        self._check_weights(vlm, tower)
+        recorded: list[Any] = []
+        kept = iter(self._outputs.get(key, ()))
+        look = tower.forward
+
+        @torch.no_grad()
+        def record(*args: Any, **kwargs: Any) -> Any:
+            output = look(*args, **kwargs)
+            recorded.append(copy.copy(output))  # Qwen replaces entries of what its tower returned
+            return output
+
+        def replay(*_: Any, **__: Any) -> Any:
+            for output in kept:
+                return copy.copy(output)
+            raise ModelError(f"{vlm.name} looks at batch {key!r} more often than the model whose features were kept")
+
+        replaced = vars(tower).get("forward")
+        tower.forward = replay if key in self._outputs else record
+        try:
+            yield
+        finally:
+            if replaced is None:
+                del tower.forward
+            else:
+                tower.forward = replaced
+        self._outputs.setdefault(key, recorded)
+
+    def _check_weights(self, vlm: VLM, tower: torch.nn.Module) -> None:
+        weights = [(parameter.detach(), parameter._version) for parameter in tower.parameters()]
+        if self._weights is None:
+            self._weights = weights
+        if [(w.data_ptr(), version) for w, version in weights] != [(w.data_ptr(), v) for w, v in self._weights]:
+            raise ModelError(
+                f"the vision tower of {vlm.name} is not the one whose features were kept, or was changed since; "
+                "features are shared only by models on the very same tower weights"
+            )
 
 
 def build_processor(folder: Path, config: transformers.PretrainedConfig) -> Any:
@@ -476,8 +713,7 @@ def _load_model(path: str, folder: Path, *, device: str, dtype: str) -> VLM:
 
 
 def _load_adapter(path: str, folder: Path, *, device: str, dtype: str) -> VLM:
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ModelError(f"{path} has adapter_config.json but no adapter_model.safetensors")
+    _check_adapter_file(folder)
     settings = peft.PeftConfig.from_pretrained(str(folder))
     try:
         base = VLM.load(str(settings.base_model_name_or_path), device=device, dtype=dtype)
@@ -487,12 +723,47 @@ def _load_adapter(path: str, folder: Path, *, device: str, dtype: str) -> VLM:
     return dataclasses.replace(base, model=model.eval(), name=path)
 
 
+def _check_adapter_file(folder: Path) -> None:
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ModelError(f"{folder} has adapter_config.json but no adapter_model.safetensors")
+
+
 def _device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _canonical_tokenizer(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    json.loads(text)  # the library tells a damaged file by a bare Exception
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer.no_padding()  # what the last call asked for is saved too
+    tokenizer.no_truncation()
+    return tokenizer.to_str()
+
+
+def _read_chat_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            template = json.loads((folder / file).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+@contextlib.contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Without progress bars, and with what goes wrong named."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ModelError(f"cannot load {path}: {error}") from error
 
 
 @contextlib.contextmanager
