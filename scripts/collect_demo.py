@@ -30,8 +30,8 @@ def main() -> None:
         name = rows[0]["trained on"].partition(":")[0]
         accuracies = [row["accuracy"] for row in rows]
         gains = [
-            f"{row['gain over full']:+.3f} [{row['gain interval'][0]:+.3f}, {row['gain interval'][1]:+.3f}]"
-            for row in rows
+            f"{gain['mean']:+.3f} [{gain['interval'][0]:+.3f}, {gain['interval'][1]:+.3f}]"
+            for gain in (row["gain over full SFT"] for row in rows)
         ]
         by_pool = ", ".join(f"{a:.3f}" for a in accuracies)
         print(f"| {name} | {np.mean(accuracies):.3f} | {by_pool} | {'; '.join(gains) if name != 'full SFT' else ''} |")
@@ -42,7 +42,10 @@ def main() -> None:
             m: f"{a['spearman']:.2f} [{a['interval'][0]:.2f}, {a['interval'][1]:.2f}]"
             for m, a in run["agreements"].items()
         }
-        toxic = run["toxic"]
+        toxic, mixture = run["toxic"], run["mixture"]
+        print(f"seed {run['seed']}: {mixture['verdict']}, {mixture['searched']}: {mixture['reason']}")
+        print(f"  best of the grid: {mixture['grid']['best']}")
+        print(f"  grid: {mixture['grid']['spearman']}, spent {mixture['spent']}")
         print(f"seed {run['seed']}: agreement {agreements}; toxic {toxic['called']}, faulty {toxic['truly faulty']}")
 
 

@@ -15,6 +15,7 @@ HEAVY = ("torch", "transformers", "numpy", "pyarrow", "sklearn", "scipy", "pydan
 def test_the_public_names_are_these():
     assert datalloy.__all__ == [
         "DatalloyError",
+        "Mixture",
         "Recipe",
         "Sample",
         "Scores",
@@ -23,10 +24,13 @@ def test_the_public_names_are_these():
         "evaluate",
         "export",
         "load_recipe",
+        "merge_checkpoints",
+        "mix",
         "run_all",
         "score",
         "select",
         "train",
+        "verify",
     ]
 
 

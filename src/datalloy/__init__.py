@@ -8,9 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datalloy.api import check, evaluate, export, run_all, score, select, train
+    from datalloy.api import check, evaluate, export, mix, run_all, score, select, train, verify
+    from datalloy.checkpoints import merge_checkpoints
     from datalloy.config import Recipe, load_recipe
     from datalloy.errors import DatalloyError
+    from datalloy.mixture import Mixture
     from datalloy.sample import Sample
     from datalloy.scores import Scores
     from datalloy.selection import Selection
@@ -19,6 +21,9 @@ _HOME = {
     "check": "api",
     "score": "api",
     "select": "api",
+    "mix": "api",
+    "verify": "api",
+    "merge_checkpoints": "checkpoints",
     "train": "api",
     "evaluate": "api",
     "export": "api",
@@ -26,6 +31,7 @@ _HOME = {
     "Recipe": "config",
     "load_recipe": "config",
     "DatalloyError": "errors",
+    "Mixture": "mixture",
     "Sample": "sample",
     "Scores": "scores",
     "Selection": "selection",
@@ -33,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "DatalloyError",
+    "Mixture",
     "Recipe",
     "Sample",
     "Scores",
@@ -41,10 +48,13 @@ __all__ = [
     "evaluate",
     "export",
     "load_recipe",
+    "merge_checkpoints",
+    "mix",
     "run_all",
     "score",
     "select",
     "train",
+    "verify",
 ]
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from datalloy.config import Recipe, load_recipe
+from datalloy.mixture import Mixture
 from datalloy.run import Run
 from datalloy.scores import Scores
+from datalloy.search import Found
 from datalloy.selection import Selection
 from datalloy.workflows import Workflow
 
@@ -33,8 +35,20 @@ def select(recipe: Recipe | str | Path, run: str | Path | None = None) -> Select
         return Workflow(opened).select()
 
 
+def mix(recipe: Recipe | str | Path, run: str | Path | None = None) -> Found:
+    """Search the domains' shares on merged models; the mixture expected to be best, with its surrogate."""
+    with _open(recipe, run) as opened:
+        return Workflow(opened).mix()
+
+
+def verify(recipe: Recipe | str | Path, run: str | Path | None = None) -> Mixture:
+    """Really train a few mixtures; the recommendation with its gain and verdict."""
+    with _open(recipe, run) as opened:
+        return Workflow(opened).verify()
+
+
 def train(recipe: Recipe | str | Path, run: str | Path | None = None) -> Path:
-    """Tune the base model on what was kept; the folder of the checkpoint."""
+    """Tune the base model on what was kept, in the shares that were found; the folder of the checkpoint."""
     with _open(recipe, run) as opened:
         return Workflow(opened).train()
 

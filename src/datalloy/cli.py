@@ -69,8 +69,20 @@ def select(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dr
 
 
 @app.command()
+def mix(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
+    """Search the domains' shares: one expert a domain, merged models evaluated, none of them written to disk."""
+    _run_verb("mix", recipe, sets, run, dry_run)
+
+
+@app.command()
+def verify(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
+    """Really train a few mixtures: calibrate the search, measure the gain over uniform shares, give a verdict."""
+    _run_verb("verify", recipe, sets, run, dry_run)
+
+
+@app.command()
 def train(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
-    """Tune the base model on what was kept."""
+    """Tune the base model on what was kept, in the shares that were found where the recipe has a mixture."""
     _run_verb("train", recipe, sets, run, dry_run)
 
 
@@ -88,7 +100,7 @@ def export(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dr
 
 @app.command(name="run")
 def run_command(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
-    """The whole chain: check, score, select, train, evaluate, export, report."""
+    """The whole chain: check, score, select, mix and verify if the recipe says so, train, evaluate, export, report."""
     _run_verb("run", recipe, sets, run, dry_run)
 
 
@@ -104,6 +116,40 @@ def report(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None) ->
         raise RunError(f"{opened.folder} holds no finished run; `datalloy run {recipe}` makes one, report included")
     with opened:
         print(write_report(opened.folder))
+
+
+@app.command()
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH=WEIGHT...", help="Checkpoints or LoRA adapters, each with its weight.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; must not exist or be empty.", show_default=False)],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of adapters: write a whole checkpoint of this base instead.")
+    ] = None,
+) -> None:
+    """Merge models of one base by weights that sum to one, exactly and in float32, into a folder that loads as usual.
+
+    `datalloy merge experts/chart=0.7 experts/table=0.3 --out merged`. Adapters become one adapter, ranks added up.
+    """
+    from datalloy.checkpoints import merge_checkpoints
+
+    merged = merge_checkpoints([_weighted(model) for model in models], out, base=base)
+    print(f"{merged.kind}: {merged.tensors} tensors of {merged.dtype}, {merged.bytes / 1e6:.1f} MB")
+    print(out)
+
+
+def _weighted(model: str) -> tuple[Path, float]:
+    path, separator, weight = model.rpartition("=")
+    try:
+        if separator and path:
+            return Path(path), float(weight)
+    except ValueError:
+        pass  # refused below, like a missing weight
+    raise RecipeError(f"{model!r} is not PATH=WEIGHT, as in experts/chart=0.7")
 
 
 @app.command()
@@ -162,6 +208,8 @@ def _stage(verb: str, workflow: "Workflow") -> Path:
         "check": (workflow.check, "check.json"),
         "score": (workflow.score, "scores.parquet"),
         "select": (workflow.select, "selection.parquet"),
+        "mix": (workflow.mix, "mixture/candidates.parquet"),
+        "verify": (workflow.verify, "mixture/mixture.json"),
         "train": (workflow.train, "model"),
         "evaluate": (workflow.evaluate, "metrics.json"),
         "export": (workflow.export, "export"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datalloy import readers
+from datalloy import mixture_page, readers
 from datalloy.config import Recipe, load_recipe
 from datalloy.run import write_atomically
 from datalloy.sample import Sample, open_image
@@ -47,21 +47,24 @@ pre { overflow-x: auto; background: var(--soft); padding: .7rem; }
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run folder whose chain is complete; returns its path."""
     recipe = load_recipe(folder / "config.yaml")
-    scores, selection = Scores.read(folder / "scores.parquet"), Selection.read(folder / "selection.parquet")
     status = json.loads((folder / "status.json").read_text())
-    samples = _samples(recipe)
+    is_selected, mixture = (folder / "selection.parquet").exists(), status.get("mixture")
+    leads, parts = [], []
+    if is_selected:
+        scores, selection = Scores.read(folder / "scores.parquet"), Selection.read(folder / "selection.parquet")
+        leads.append(_recommendation(selection, len(scores)))
+        parts = _selection_sections(scores, selection, _samples(recipe))
+    if mixture:
+        leads.append(mixture_page.lead(mixture))
+        parts = [*(_section(*section) for section in mixture_page.sections(folder)), *parts]
     body = [
         f"<h1>{_text(recipe.name)}</h1>",
-        f'<p class="lead">{_recommendation(selection, len(scores))}</p>',
+        *(f'<p class="lead">{lead}</p>' for lead in leads),
         _cost_note(folder),
         _section(
             "Did it help?", _metrics(status["metrics"]), "Intervals are bootstraps over items of one training run."
         ),
-        _section("How the choice was made", _bakeoff(selection.metadata.get("bakeoff"))),
-        _section("What is kept, by domain", _by_domain(scores, selection)),
-        _section("How far the scores can be trusted", _trust(scores.metadata)),
-        _section("Most useful", _gallery(scores, selection, samples, best=True)),
-        _section("Most harmful", _gallery(scores, selection, samples, best=False)),
+        *parts,
         _section("Rejected", _rejected(status["counts"])),
         _section(
             "What to run next",
@@ -80,6 +83,16 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_atomically(path, page.encode())
     return path
+
+
+def _selection_sections(scores: Scores, selection: Selection, samples: dict[tuple[str, str], Sample]) -> list[str]:
+    return [
+        _section("How the choice of samples was made", _bakeoff(selection.metadata.get("bakeoff"))),
+        _section("What is kept, by domain", _by_domain(scores, selection)),
+        _section("How far the scores can be trusted", _trust(scores.metadata)),
+        _section("Most useful", _gallery(scores, selection, samples, best=True)),
+        _section("Most harmful", _gallery(scores, selection, samples, best=False)),
+    ]
 
 
 def _recommendation(selection: Selection, pool: int) -> str:
@@ -109,11 +122,14 @@ def _cost_note(folder: Path) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    rows = []
-    for name, before in metrics["base"].items():
-        after = metrics["model"][name]
-        rows.append([name, before["metric"], str(before["items"]), _mean(before), _mean(after)])
-    return _table(["set", "metric", "items", "base", "trained on the selection"], rows, numeric=(2, 3, 4))
+    labels = {"base": "base", "model": "trained as advised", "uniform": "trained on uniform shares"}
+    shown = [name for name in labels if name in metrics]
+    rows = [
+        [name, before["metric"], str(before["items"]), *(_mean(metrics[model][name]) for model in shown)]
+        for name, before in metrics["base"].items()
+    ]
+    head = ["set", "metric", "items", *(labels[name] for name in shown)]
+    return _table(head, rows, numeric=range(2, len(head)))
 
 
 def _bakeoff(outcome: dict[str, Any] | None) -> str:

@@ -13,6 +13,8 @@ def summarise(verb: str, folder: Path) -> Iterator[str]:
         "check": _check,
         "score": _score,
         "select": _select,
+        "mix": _mix,
+        "verify": _verify,
         "train": _train,
         "evaluate": _evaluate,
         "export": _export,
@@ -67,6 +69,43 @@ def _select(folder: Path) -> Iterator[str]:
         yield f"  {reason:<16} {count:>8}"
 
 
+def _mix(folder: Path) -> Iterator[str]:
+    found = json.loads((folder / "units" / "mixture--search.json").read_text())["data"]
+    yield f"{'domain':<24}{'share':>8}"
+    for name, share in found["weights"].items():
+        yield f"{name:<24}{share:>8.1%}"
+    for row in found["stability"]:
+        yield (
+            f"experts at {row['fraction']:.0%} of their training: {row['moved']:.0%} of the samples would be others, "
+            f"rank agreement of merged losses {row['spearman']:.2f}"
+        )
+    for warning in json.loads((folder / "mixture" / "mergeability.json").read_text())["warnings"]:
+        yield f"warning: {warning['found']}: {warning['means']}; {warning['advice']}"
+    yield "no mixture was trained yet: `datalloy verify` says how far this is to be trusted"
+
+
+def _verify(folder: Path) -> Iterator[str]:
+    mixture = json.loads((folder / "mixture" / "mixture.json").read_text())
+    yield f"{'domain':<24}{'searched':>10}{'interval':>16}{'to train on':>13}"
+    for name, share in mixture["searched"].items():
+        low, high = mixture["interval"][name]
+        yield f"{name:<24}{share:>10.1%}{f'{low:.0%} to {high:.0%}':>16}{mixture['weights'][name]:>13.1%}"
+    for other in ("uniform", "size_proportional"):
+        gain = mixture[f"expected_gain_vs_{other}"]
+        low, high = gain["interval"]
+        told = f"{gain['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({gain['source']})"
+        yield f"gain over {other.replace('_', ' ')} shares: {told}"
+    agreement, spent = mixture["agreement"]["spearman"], mixture["spent"]
+    value = "not defined" if agreement["value"] is None else f"{agreement['value']:.2f}"
+    low, high = agreement["interval"]
+    yield f"merged against trained: Spearman {value} [{low:.2f}, {high:.2f}] over {agreement['mixtures']} mixtures"
+    yield (
+        f"spent: {spent['runs']} real runs, {spent['evaluations']} evaluations and {spent['slope_calls']} slopes of "
+        "merged models"
+    )
+    yield f"verdict: {mixture['verdict']}. {mixture['reason']}"
+
+
 def _train(folder: Path) -> Iterator[str]:
     facts = json.loads((folder / "units" / "model.json").read_text())["data"]
     yield (
@@ -89,9 +128,18 @@ def _export(folder: Path) -> Iterator[str]:
 
 
 def _run(folder: Path) -> Iterator[str]:
-    for verb in (_check, _score, _select, _train, _evaluate, _export):
-        yield from verb(folder)
-        yield ""
+    for file, about in (
+        ("check.json", _check),
+        ("scores.parquet", _score),
+        ("selection.parquet", _select),
+        ("mixture/mixture.json", _verify),
+        ("model", _train),
+        ("metrics.json", _evaluate),
+        ("export", _export),
+    ):
+        if (folder / file).exists():
+            yield from about(folder)
+            yield ""
 
 
 def _mean(row: dict) -> str:

@@ -47,9 +47,10 @@ train:
   batch_size: 128
   samples: 100000
 
-# What share of training each domain gets. One expert a domain is trained, merged models are searched, a few mixtures are
-# really trained to check the advice. Costs one training run a domain and `verify_runs` more; needs two domains or
-# `buckets: 3`, which mixes parts of each domain by score. metric: loss (of the targets' answers) | target (their own).
+# What share of training each domain gets. One expert a domain is trained, merged models are searched, and a few
+# mixtures are really trained to check the advice. Costs one training run a domain and `verify_runs` more. Needs two
+# domains, or `buckets: 3`, which mixes parts of each domain by score.
+# objective: mean | weighted | worst | pareto. metric: loss (of the targets' answers) | target (each target's own)
 # mixture: {objective: mean, metric: loss, verify_runs: 3}
 
 # How answers are generated and judged; the intervals are bootstraps over items.

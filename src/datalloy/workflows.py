@@ -1,6 +1,6 @@
 """The one file that knows the order of the stages: a recipe in, a run folder with a better model out.
 
-    check -> score -> select -> train -> evaluate -> export
+    check -> score -> select -> mix -> verify -> train -> evaluate -> export
 
 Each stage is X in, Y out; stages meet in artefacts (samples, scores, a selection, a checkpoint), never in each
 other. A stage asks for what it needs, so any verb can be called first; what already has a done-record in the run
@@ -8,7 +8,9 @@ folder is read, not computed again.
 
 The method is that of One-Step-Train (arXiv 2605.07488): tune the proxy a little, score every sample by what one
 training step on it does to the targets, keep the useful part, throw out the toxic part. What to keep is then
-decided by small measured runs, not by the score alone (DESIGN 2.1, "from score to decision").
+decided by small measured runs, not by the score alone (DESIGN 2.1, "from score to decision"). Where the recipe has a
+mixture section, what share each domain gets is searched on merged models of one expert a domain (arXiv 2602.04937)
+and verified by real runs; `mixing.py` knows that half. Filtered within domains, mixed across them.
 """
 
 import hashlib
@@ -24,14 +26,17 @@ import numpy as np
 
 from datalloy import bakeoff, config, leakage, readers, scorers
 from datalloy.encoding import EncodedSamples
-from datalloy.errors import AgreementError, DataError, LeakageError
+from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
 from datalloy.evaluation import Evaluation, evaluate
 from datalloy.exporters import export_rows
+from datalloy.mixing import Mixing, Part
+from datalloy.mixture import Mixture
 from datalloy.progress import track
 from datalloy.readers import Reject
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.sample import Sample
 from datalloy.scores import Scores
+from datalloy.search import Found
 from datalloy.selection import Selection, select
 from datalloy.target_items import TargetItems
 from datalloy.training import train, training_flops
@@ -446,8 +451,9 @@ class Workflow:
         fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
         if len(methods) == 1 and len(fractions) == 1:
             return bakeoff.Arm(methods[0], fractions[0], settings.within), None
-        # settings.within is the user's word for a fixed choice; the race tries both
-        arms = bakeoff.make_arms(methods, fractions, ("domain", "global"))
+        # settings.within is the user's word for a fixed choice; the race tries both, unless a mixture is searched
+        withins = ("domain",) if self.recipe.mixture else ("domain", "global")
+        arms = bakeoff.make_arms(methods, fractions, withins)
         judge = self._encode(self._proxy_base, self._target_items("judge"))
         items = TargetItems.lay_out(
             self._proxy_base, judge, {name: target.weight for name, target in self.recipe.targets.items()}
@@ -496,12 +502,67 @@ class Workflow:
         table = self.score()
         return np.array([training_flops(self._base, int(tokens)) for tokens in table.length_tokens], dtype=float)
 
+    # --- mix, verify: kept samples in, shares of the domains out ------------------------------------------------
+
+    def mix(self) -> Found:
+        """Search the domains' shares on merged models of one expert each. Writes `mixture/candidates.parquet`."""
+        return self.mixing.search()
+
+    def verify(self) -> Mixture:
+        """Really train a few mixtures, calibrate, give the verdict. Writes `mixture/mixture.json`."""
+        return self.mixing.verify()
+
+    @cached_property
+    def mixing(self) -> Mixing:
+        """The mixture half, on the parts that the recipe asks for. Raises RecipeError without a mixture section."""
+        settings = self.recipe.mixture
+        if settings is None:
+            raise RecipeError("the recipe has no mixture section; `mixture: {}` switches the search on, all defaults")
+        total = self._final_steps * self.recipe.train.batch_size
+        return Mixing(self.run, settings, self._base, self._parts(settings), self.targets, total)
+
+    def _parts(self, settings: config.Mixture) -> list[Part]:
+        """What gets a weight of its own: domains, of their selected samples or all; or score buckets of domains."""
+        by_domain: dict[str, list[Sample]] = {name: [] for name in self.recipe.domains}
+        for sample in self._used_samples():
+            by_domain[sample.domain].append(sample)
+        if empty := [name for name, samples in by_domain.items() if not samples]:
+            raise DataError(f"domain {empty[0]} has no sample left to train on; leave it out of the recipe")
+        if settings.buckets is None:
+            return [Part(name, name, samples) for name, samples in by_domain.items()]
+        table = self._bucket_scores()
+        utility = dict(zip(zip(table.domain, table.id, strict=True), table.utility, strict=True))
+        return [
+            Part(f"{name}.{number}", name, bucket)
+            for name, samples in by_domain.items()
+            for number, bucket in enumerate(_buckets(samples, utility, settings.buckets), start=1)
+        ]
+
+    def _bucket_scores(self) -> Scores:
+        """By the recipe's scorer, or the first of those it lets race; low loss where only the loss was measured."""
+        method = self.recipe.score.method
+        if method != "auto":
+            return self.scores_by(method)
+        table = self.score()
+        return self.scores_by("low_loss") if table.metadata["method"] == "loss" else table
+
+    def _used_samples(self) -> Sequence[Sample]:
+        """What may be trained on. Buckets weigh all of it: what is toxic gets a small weight by having been tried."""
+        settings = self.recipe.mixture
+        if settings is not None and (settings.buckets is not None or settings.data == "whole"):
+            return self.pool
+        return [self.pool[i] for i in self._kept_indices(self.select())]
+
     # --- train: kept samples in, checkpoint out ----------------------------------------------------------------
 
     def train(self) -> Path:
-        """Tune the base model on what was kept. Writes `model/`."""
-        self._train_on(self._kept_indices(self.select()), "model", self.run.path("model"))
-        return self.run.path("model")
+        """Tune the base model on what was kept, in the shares that were found. Writes `model/`."""
+        folder = self.run.path("model")
+        if self.recipe.mixture is None:
+            self._train_on(self._kept_indices(self.select()), "model", folder)
+        else:
+            self.mixing.train_final("model", folder)
+        return folder
 
     def _train_on(self, indices: Sequence[int], unit: str, folder: Path) -> dict[str, Any]:
         if (done := self.run.finished(unit)) is not None:
@@ -517,12 +578,14 @@ class Workflow:
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the base and the trained model on targets and held-out sets. Writes `metrics.json`."""
-        model = self.train()
-        metrics = {"base": self._evaluate_model("base", None), "model": self._evaluate_model("model", model)}
+        models = {"base": None, "model": self.train()}
+        if self.recipe.mixture and (uniform := self.mixing.trained_uniform()):
+            models["uniform"] = uniform
+        metrics = {name: self.evaluate_model(name, folder) for name, folder in models.items()}
         write_json(self.run.path("metrics.json"), metrics)
         return metrics
 
-    def _evaluate_model(self, name: str, folder: Path | None) -> dict[str, Any]:
+    def evaluate_model(self, name: str, folder: Path | None) -> dict[str, Any]:
         """The metric of every set with its interval; values and answers of all items go to `evaluation/NAME.json`.
 
         `folder` is a checkpoint; None is the base.
@@ -544,10 +607,13 @@ class Workflow:
     # --- export: kept ids in, training files out ---------------------------------------------------------------
 
     def export(self) -> Path:
-        """Write the kept rows byte for byte in their own format to `export/`, one file a domain."""
+        """Write the rows to train on byte for byte in their own format to `export/`, one file a domain.
+
+        With a mixture, each row as often as the final training sees it: its counts, not only its shares.
+        """
         folder = self.run.path("export")
         if self.run.finished("export") is None:
-            kept = [self.pool[i] for i in self._kept_indices(self.select())]
+            kept = self.mixing.training_set() if self.recipe.mixture else self._used_samples()
             roots = {name: domain.media_root for name, domain in self.recipe.domains.items()}
             files = export_rows(kept, folder, media_roots=roots)
             self.run.commit("export", files, {"samples": len(kept)})
@@ -565,23 +631,26 @@ class Workflow:
             folder = self.run.path(f"compare/{name}")
             indices = self._kept_indices(self.selection_of(arm))
             self._train_on(indices, f"compare/{name}", folder)
-            results = self._evaluate_model(name, folder)
+            results = self.evaluate_model(name, folder)
             table[name] = {"kept": len(indices), "sets": results}
         return table
 
     def run_all(self) -> dict[str, Any]:
         """The whole chain. Writes `status.json` last."""
         counts = self.check()
-        selection = self.select()
+        used = self._used_samples()
+        advice = self.verify() if self.recipe.mixture else None
         metrics = self.evaluate()
         self.export()
         status = {
             "complete": True,
             "fingerprint": self.run.fingerprint,
             "counts": counts,
-            "kept": int(selection.kept.sum()),
+            "kept": len(used),
             "metrics": metrics,
         }
+        if advice:
+            status["mixture"] = advice.to_json()
         write_json(self.run.path("status.json"), status)
         return status
 
@@ -591,6 +660,13 @@ def _as_data(result: Evaluation) -> dict[str, Any]:
     data = asdict(result)
     values = data.pop("values_V").tolist()
     return {**data, "values": values, "items": len(values)}
+
+
+def _buckets(samples: Sequence[Sample], utility: Mapping[tuple[str, str], float], count: int) -> list[list[Sample]]:
+    """The samples by falling utility, cut into `count` parts of equal size; those without a utility come last."""
+    key = {s.id: utility[s.domain, s.id] for s in samples}
+    order = sorted(samples, key=lambda s: (not np.isfinite(key[s.id]), -key[s.id], s.content_hash))
+    return [list(part) for part in np.array_split(np.array(order, dtype=object), count)]
 
 
 def _digest(samples: Sequence[Sample]) -> str:

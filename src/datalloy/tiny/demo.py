@@ -1,26 +1,29 @@
 """A folder and a seed in, the main job on a drawn pool out: what was chosen, and whether it was right.
 
 The pool has known faults (truth.jsonl), so what a real user can never see is printed here: how much of what was
-called toxic truly was faulty, and how models trained on other selections do at equal compute. The recipe is an
-ordinary one; only this file reads the truth.
+called toxic truly was faulty, how models trained on other selections do at equal compute, and what a grid of mixtures
+that were all really trained would have found. The recipe is an ordinary one; only this file reads the truth.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datalloy.bakeoff import FULL, Arm
+from datalloy.calibration import TrainedMixtures
 from datalloy.config import load_recipe
 from datalloy.report import write_report
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.scores import Scores
 from datalloy.selection import toxic_mask
+from datalloy.simplex import grid
 from datalloy.tiny.pools import PoolPlan, read_truth, write_pool
 from datalloy.tiny.world import FAULTS
-from datalloy.uncertainty import bootstrap_interval, paired_interval
+from datalloy.uncertainty import bootstrap_interval, mixture_agreement, paired_interval
 from datalloy.workflows import Workflow
 
 PLAN = PoolPlan(
@@ -32,10 +35,11 @@ PLAN = PoolPlan(
 ARMS = {
     "full SFT": FULL,
     "random 50 %": Arm("random", 0.5, "domain"),
-    "random 20 %": Arm("random", 0.2, "domain"),
     "low loss 50 %": Arm("low_loss", 0.5, "domain"),
-    "low loss 20 %": Arm("low_loss", 0.2, "domain"),
 }
+OST, OST_FRACTION = "OST 50 %", 0.5
+REFERENCES = ("full SFT", "uniform mixture")
+GRID_PARTS = 4  # of the grid of mixtures that are all really trained: 15 for three domains, three of them the experts
 RECIPE = """\
 # The demo's recipe: three drawn domains with faults, two targets. An ordinary recipe; edit and run it.
 name: demo
@@ -51,19 +55,20 @@ evaluation:
   chart-holdout: {path: data/chart.holdout.jsonl, metric: exact_match}
   counting-holdout: {path: data/counting.holdout.jsonl, metric: exact_match}
 score: {method: auto, target_items: 48, probes: 96, warmup_fraction: 0.05}
-select: {keep_fraction: auto, bakeoff_epochs: 14}
+select: {keep_fraction: auto, bakeoff_epochs: 12}
+mixture: {objective: mean, metric: loss, verify_runs: 3}
 train:
   adapter: none
   freeze_vision: false
-  learning_rate: 1e-3
+  learning_rate: 5e-4
   batch_size: 16
-  samples: 4800
-evaluate: {max_new_tokens: 12}
+  samples: 3200
+evaluate: {max_new_tokens: 12, batch_size: 100}
 """
 
 
 def run_demo(folder: Path, seed: int) -> Iterator[str]:
-    """Draw the pool, run the recipe, train the other arms at equal compute; yields the lines of the tables.
+    """Draw the pool, run the recipe, train what it is held against at equal compute; yields the lines of the tables.
 
     The figures are also written to `demo.json`.
     """
@@ -77,52 +82,90 @@ def run_demo(folder: Path, seed: int) -> Iterator[str]:
         workflow.run_all()
         scores = workflow.score()
         method = scores.metadata["method"]  # the fast utility; another one where it disagreed with exact
-        workflow.compare({**ARMS, "OST 50 %": Arm(method, 0.5, "domain"), "OST 20 %": Arm(method, 0.2, "domain")})
-        rows = _comparison(run.folder)
+        workflow.compare({**ARMS, OST: Arm(method, OST_FRACTION, "domain")})
+        grid_found, folders = _train_grid(workflow)
+        for name, checkpoint in folders.items():
+            workflow.evaluate_model(name, checkpoint)
         agreements = {
             path.stem: Scores.read(path).metadata["agreement_with_exact"]
             for path in run.path("scores").glob("*.parquet")
         }
-        toxic = _toxic(scores, run.recipe.select.toxic_confidence, read_truth(data))
         figures = {
             "seed": int((folder / "drawn").read_text()),
-            "models": rows,
+            "models": _comparison(run.folder, list(folders)),
             "agreements": agreements,
-            "toxic": toxic,
+            "toxic": _toxic(scores, run.recipe.select.toxic_confidence, read_truth(data)),
+            "mixture": {**workflow.verify().to_json(), "grid": grid_found},
         }
         write_json(folder / "demo.json", figures)
         yield from _lines(figures)
         yield str(write_report(run.folder))
 
 
-def _comparison(run: Path) -> list[dict[str, Any]]:
+def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a user without merged models would do: train every mixture of a grid and take the best on the targets.
+
+    Returns how well merged models ranked the grid, and the checkpoints worth measuring on the held-out sets.
+    """
+    mixing = workflow.mixing
+    weight_NK = grid(len(mixing.names), GRID_PARTS)
+    true_NV = np.array([mixing.trained(weight_K) for weight_K in weight_NK])
+    merged_NV = np.array([mixing.merged.all_values(weight_K) for weight_K in weight_NK])
+    trained = TrainedMixtures(
+        tuple(mixing.targets), weight_NK, true_NV, merged_NV, mixing.merged.target_V, np.zeros(len(mixing.targets))
+    )
+    true_N, merged_N = (mixing.objective.score(value_NG) for value_NG in (trained.true_NG, trained.merged_NG))
+    inner = ~trained.is_vertex_N
+    agreement = mixture_agreement(merged_N[inner], true_N[inner], "spearman", confidence=0.95)
+    best_K, size_K = weight_NK[int(true_N.argmax())], mixing.simplex.project(mixing.sizes_K)
+    found = {
+        "runs": int(inner.sum()),
+        "spearman": asdict(agreement),
+        "best": mixing.describe(best_K),
+        "weights": weight_NK.tolist(),
+        "trained": true_N.tolist(),
+        "merged": merged_N.tolist(),
+    }
+    folders = {
+        "uniform mixture": mixing.train_on(mixing.simplex.uniform),
+        "mixture by size": mixing.train_on(size_K),
+        "best of the grid": mixing.train_on(best_K),
+    }
+    return found, folders
+
+
+def _comparison(run: Path, mixtures: Sequence[str]) -> list[dict[str, Any]]:
     """Accuracy on the held-out sets, which nothing was decided on; intervals over items."""
-    names = {"base, untrained": "base", **{name: name for name in [*ARMS, "OST 50 %", "OST 20 %"]}}
-    names[f"auto: {_chosen(run)}"] = "model"
+    names = {"base, untrained": "base", **{name: name for name in [*ARMS, OST, *mixtures]}}
+    names["datalloy: " + _chosen(run)] = "model"
     values = {label: _holdout_values(run, name) for label, name in names.items()}
-    reference = values["full SFT"]
     return [
         {
             "trained on": label,
             "kept": _kept(run, name),
             "accuracy": float(values[label].mean()),
             "interval": bootstrap_interval(values[label], confidence=0.95, resamples=2000, seed=0),
-            "gain over full": float((values[label] - reference).mean()),
-            "gain interval": paired_interval(values[label], reference, confidence=0.95, resamples=2000, seed=0),
-            "items": len(reference),
+            **{f"gain over {other}": _gain(values[label], values[other]) for other in REFERENCES},
+            "items": len(values[label]),
         }
         for label, name in names.items()
     ]
 
 
+def _gain(value_V: np.ndarray, other_V: np.ndarray) -> dict[str, Any]:
+    interval = paired_interval(value_V, other_V, confidence=0.95, resamples=2000, seed=0)
+    return {"mean": float((value_V - other_V).mean()), "interval": interval}
+
+
 def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield ""
-    yield f"{'trained on':<34}{'kept':>6}{'accuracy':>10}  {'95 % interval':<16}against full SFT"
+    against = "".join(f"against {name:<24}" for name in REFERENCES)
+    yield f"{'trained on':<40}{'kept':>6}{'accuracy':>10}  {'95 % interval':<16}{against}"
     for row in figures["models"]:
         kept = "" if row["kept"] is None else row["kept"]
-        against = f"{row['gain over full']:+.3f} {_bracket(row['gain interval'], '+.3f')}"
+        gains = "".join(f"{_gain_in_words(row, name):<32}" for name in REFERENCES)
         accuracy = f"{row['accuracy']:>10.3f}  {_bracket(row['interval'], '.3f'):<16}"
-        yield f"{row['trained on']:<34}{kept:>6}{accuracy}{'' if row['trained on'] == 'full SFT' else against}"
+        yield f"{row['trained on']:<40}{kept:>6}{accuracy}{gains}".rstrip()
     items = figures["models"][0]["items"]
     yield f"{items} held-out questions; equal compute for all trained rows; one seed, intervals over items"
     yield ""
@@ -131,6 +174,7 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
             f"fast utility {method} against exact utility: Spearman {agreement['spearman']:.2f} "
             f"{_bracket(agreement['interval'], '.2f')} on {agreement['probes']} probes"
         )
+    yield from _mixture_lines(figures["mixture"])
     toxic = figures["toxic"]
     yield ""
     yield (
@@ -140,6 +184,30 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield f"{'what it truly was':<20}{'samples':>8}{'called toxic':>14}{'median utility':>16}"
     for name, group in toxic["groups"].items():
         yield f"{name:<20}{group['samples']:>8}{group['called toxic']:>14.0%}{group['median utility']:>16.4f}"
+
+
+def _mixture_lines(mixture: dict[str, Any]) -> Iterator[str]:
+    grid_found, spent = mixture["grid"], mixture["spent"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in mixture["searched"].items())
+    yield ""
+    yield f"mixture found: {shares}; verdict: {mixture['verdict']}. {mixture['reason']}"
+    yield (
+        f"spent: {len(mixture['searched'])} experts, {spent['runs']} real runs, {spent['evaluations']} evaluations and "
+        f"{spent['slope_calls']} slopes of merged models; the grid: {grid_found['runs']} real runs"
+    )
+    yield f"best of the grid by the targets: {grid_found['best']}"
+    rank = grid_found["spearman"]
+    yield (
+        f"merged against trained on the grid: Spearman {rank['value']:.2f} {_bracket(rank['interval'], '.2f')} over "
+        f"{rank['mixtures']} mixtures, by target loss"
+    )
+
+
+def _gain_in_words(row: dict[str, Any], name: str) -> str:
+    if row["trained on"] == name:
+        return ""
+    gain = row[f"gain over {name}"]
+    return f"{gain['mean']:+.3f} {_bracket(gain['interval'], '+.3f')}"
 
 
 def _toxic(scores: Scores, confidence: float, truth: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -177,10 +245,8 @@ def _chosen(run: Path) -> str:
 
 
 def _kept(run: Path, name: str) -> int | None:
-    if name == "base":
-        return None
-    unit = "model" if name == "model" else f"compare--{name}"
-    return json.loads((run / "units" / f"{unit}.json").read_text())["data"]["kept"]
+    unit = run / "units" / ("model.json" if name == "model" else f"compare--{name}.json")
+    return json.loads(unit.read_text())["data"]["kept"] if unit.exists() else None
 
 
 def _bracket(interval: Sequence[float], spec: str) -> str:

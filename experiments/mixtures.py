@@ -1,0 +1,202 @@
+"""Do merged models rank mixtures as training on them does? Worlds and seeds in, agreement, regret and costs out.
+
+    python experiments/mixtures.py --world drawn3 --seeds 0 1 2
+    python experiments/mixtures.py --world packs --data FOLDER_WITH_UNPACKED_PACKS --seeds 0 1 2
+
+After the mixture paper's tables (arXiv 2602.04937): for K = 3 the 21 inner points of the lattice of step 1/8, for K = 4
+twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for as many steps as
+the experts and compared with the merge at its weights, by answer loss and by exact match on the same target items.
+Beside it `datalloy verify` runs as a user would run it, with three real runs of its own, and its pick is held against
+the best of the grid. Resumable: run the same command again. One JSON a world in experiments/results.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datalloy import progress
+from datalloy.config import Recipe, load_recipe
+from datalloy.evaluation import MetricItems
+from datalloy.mixing import Mixing, lay_out_items
+from datalloy.run import Run, write_json
+from datalloy.simplex import dirichlet, grid
+from datalloy.strict_yaml import dump_yaml
+from datalloy.tiny.pools import PoolPlan, write_pool
+from datalloy.uncertainty import mixture_agreement, resampled_means, top_1_regret
+from datalloy.vlm import VLM
+from datalloy.workflows import Workflow
+
+DRAWN = {
+    "drawn3": ("chart", "counting", "table"),
+    "drawn4": ("arithmetic", "chart", "counting", "table"),
+}
+PACKS = ("counting", "handwriting", "photo", "puzzle")
+TRAIN = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 1600}
+RESAMPLES = 2000
+
+
+def recipe_of(world: str, seed: int, folder: Path, data: Path | None, adapter: str) -> Recipe:
+    """The recipe of a world, written and read like any other: all samples, one target a domain."""
+    settings: dict[str, Any] = {"name": f"{world}-{adapter}", "base": "tiny", "max_rejected_fraction": 0.05}
+    train = {**TRAIN, "seed": seed, "adapter": adapter}
+    if adapter == "lora":
+        train["learning_rate"] = 3e-3
+    if world == "packs":
+        if data is None:
+            raise SystemExit("--data names the folder with the unpacked packs")
+        settings["data_root"] = str(data.absolute())
+        settings["leakage"] = {"on_leak": "drop"}
+        settings["domains"] = {name: {"path": f"{name}/train.jsonl", "limit": 800} for name in PACKS}
+        settings["targets"] = {name: {"path": f"{name}/test.jsonl", "limit": 100} for name in PACKS}
+        train |= {"samples": 3200, "learning_rate": 1e-3, "freeze_vision": False}
+    else:
+        skills = DRAWN[world]
+        drawn = folder / "data"
+        if not drawn.exists():
+            samples = dict.fromkeys(skills, 400)
+            write_pool(
+                drawn, PoolPlan(samples=samples, faults={}, targets=skills, target_items=100, holdout_items=1), seed
+            )
+        settings["domains"] = {name: {"path": f"data/{name}.jsonl"} for name in skills}
+        settings["targets"] = {name: {"path": f"data/{name}.target.jsonl"} for name in skills}
+    settings["train"] = train
+    settings["mixture"] = {"data": "whole", "metric": "loss", "seed": seed}
+    settings["evaluate"] = {"max_new_tokens": 12, "batch_size": 100}
+    path = folder / "recipe.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_yaml(settings))
+    return load_recipe(path)
+
+
+def design(domains: int, draws: int) -> np.ndarray:
+    """The mixtures of the paper's tables; above three domains so many Dirichlet draws and uniform weights."""
+    if domains <= 3:
+        return grid(domains, 8, interior=True)
+    return np.vstack([dirichlet(domains, draws, 42), np.full((1, domains), 1 / domains)])
+
+
+def measure_design(mixing: Mixing, draws: int = 20) -> dict[str, np.ndarray]:
+    """Values of all items, by loss and by exact match, of trained and merged models: experts first, then the design."""
+    weight_NK = np.vstack([np.eye(len(mixing.names)), design(len(mixing.names), draws)])
+    values: dict[str, list] = {"true:loss": [], "merged:loss": [], "true:exact_match": [], "merged:exact_match": []}
+    by_metric = {
+        name: lay_out_items(mixing.base, mixing.run, mixing.targets, metric, share_vision=False)
+        for name, metric in (("loss", "loss"), ("exact_match", "target"))
+    }
+    for number, weight_K in enumerate(weight_NK):
+        unit = f"design/{number}"
+        if (done := mixing.run.finished(unit)) is None:
+            folder = mixing.train_on(weight_K)
+            done = mixing.run.commit(unit, [], _measure(mixing, by_metric, weight_K, folder))
+        for name, row in done.items():
+            values[name].append(row)
+    return {"weights": weight_NK, **{name: np.array(rows) for name, rows in values.items()}}
+
+
+def _measure(mixing: Mixing, by_metric: dict[str, MetricItems], weight_K: np.ndarray, folder: Path) -> dict:
+    trained, merged = VLM.load(str(folder)), mixing.merge.set(weight_K)
+    row = {f"true:{metric}": items.values(trained).tolist() for metric, items in by_metric.items()}
+    return row | {f"merged:{metric}": items.values(merged).tolist() for metric, items in by_metric.items()}
+
+
+def agreement(values: dict[str, np.ndarray], target_V: np.ndarray, names: tuple[str, ...], metric: str) -> list[dict]:
+    """Spearman and Kendall of merged against trained without the vertices, by target and for the mean, with regret."""
+    inner = values["weights"].max(axis=1) < 1
+    true_NV, merged_NV = values[f"true:{metric}"][inner], values[f"merged:{metric}"][inner]
+    rows = []
+    for name, mask_V in [*((n, target_V == g) for g, n in enumerate(names)), ("mean", np.ones_like(target_V, bool))]:
+        groups_V = np.unique(target_V[mask_V], return_inverse=True)[1]
+        true_RN, merged_RN = (
+            resampled_means(value_NV[:, mask_V], groups_V, resamples=RESAMPLES, seed=0).mean(axis=2)
+            for value_NV in (true_NV, merged_NV)
+        )
+        true_N, merged_N = (_mean_of_targets(v[:, mask_V], groups_V) for v in (true_NV, merged_NV))
+        found = {
+            coefficient: asdict(
+                mixture_agreement(merged_N, true_N, coefficient, confidence=0.95, a_RN=merged_RN, b_RN=true_RN)
+            )
+            for coefficient in ("spearman", "kendall")
+        }
+        rows.append(
+            {"of": name, **found, "regret": float(top_1_regret(merged_N, true_N)), "spread": float(np.ptp(true_N))}
+        )
+    return rows
+
+
+def _mean_of_targets(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
+    return np.stack([value_NV[:, target_V == g].mean(axis=1) for g in np.unique(target_V)], axis=1).mean(axis=1)
+
+
+def run_seed(world: str, seed: int, runs: Path, data: Path | None, adapter: str) -> dict[str, Any]:
+    folder = runs / f"{world}-{adapter}-{seed}"
+    with Run(recipe_of(world, seed, folder, data, adapter), folder / "run") as run:
+        workflow = Workflow(run)
+        mixing = workflow.mixing
+        values = measure_design(mixing, draws=10 if world == "packs" else 20)
+        advice = workflow.verify()
+        pick_K = np.array([advice.searched[name] for name in mixing.names])
+        target_V = mixing.merged.target_V
+        inner = values["weights"].max(axis=1) < 1
+        grid_N = _mean_of_targets(values["true:loss"], target_V)
+        pick = float(_mean_of_targets(mixing.trained(pick_K)[None], target_V)[0])
+        uniform = float(_mean_of_targets(mixing.trained(mixing.simplex.uniform)[None], target_V)[0])
+        return {
+            "seed": seed,
+            "domains": mixing.names,
+            "steps": mixing.steps,
+            "mergeability": mixing.diagnose(),
+            "agreement": {m: agreement(values, target_V, tuple(mixing.targets), m) for m in ("loss", "exact_match")},
+            "pick": {
+                "weights": pick_K.tolist(),
+                "loss": -pick,
+                "uniform": -uniform,
+                "best of the grid": -float(grid_N[inner].max()),
+                "best expert": -float(grid_N[~inner].max()),
+                "regret": float(grid_N.max()) - pick,
+            },
+            "advice": advice.to_json(),
+            "values": {
+                name: np.round(_by_target(v, target_V), 5).tolist() for name, v in values.items() if ":" in name
+            },
+            "weights": values["weights"].tolist(),
+        }
+
+
+def _by_target(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
+    return np.stack([value_NV[:, target_V == g].mean(axis=1) for g in np.unique(target_V)], axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=[*DRAWN, "packs"], required=True)
+    parser.add_argument("--adapter", choices=["none", "lora"], default="none")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    progress.show(True)
+    rows = [run_seed(args.world, seed, args.runs, args.data, args.adapter) for seed in args.seeds]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    name = args.world if args.adapter == "none" else f"{args.world}_lora"
+    out = args.out or Path("experiments/results") / f"mixtures_{name}.json"
+    write_json(out, {"world": args.world, "adapter": args.adapter, "rows": rows, "commit": commit, "machine": machine})
+    for row in rows:
+        for metric, found in row["agreement"].items():
+            print(row["seed"], metric, {f["of"]: round(f["spearman"]["value"], 2) for f in found})
+        print(row["seed"], row["pick"])
+
+
+if __name__ == "__main__":
+    main()

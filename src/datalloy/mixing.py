@@ -1,0 +1,529 @@
+"""Parts of a pool and targets in, a recommended mixture with its evidence out.
+
+The method of linear merging for data mixtures (arXiv 2602.04937), from one expert a part to a verdict:
+
+    experts -> mergeability -> search over merged models -> a few real runs -> calibration -> verdict
+
+A part is what gets a weight of its own: a domain (its selected samples or all of them), or a score bucket of one. The
+experts' training is the price, one run a part; a candidate costs one evaluation; each verified mixture one more run.
+Everything measured is a unit of the run folder, so a killed search goes on with the answers it has.
+
+What is recommended was really trained, where any runs are allowed: the search's pick, the pick after a first
+calibration, and what they are held against. Trap: search and verification use the same target items; what the final
+model is worth stands in the held-out sets.
+"""
+
+import logging
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datalloy import config
+from datalloy.calibration import (
+    Calibration,
+    TrainedMixtures,
+    calibrate,
+    interaction_scale,
+    judge,
+    plan_runs,
+    recommend,
+)
+from datalloy.encoding import EncodedSamples
+from datalloy.evaluation import MetricItems, answer_losses
+from datalloy.mergeability import Expert, diagnose
+from datalloy.merging import Merge, open_merge
+from datalloy.mixture import Mixture, Spent, materialise, plan_shares, write_candidates
+from datalloy.objective import Objective
+from datalloy.run import Run, digest, write_json
+from datalloy.sample import Sample
+from datalloy.search import Found, search
+from datalloy.simplex import Group, Simplex, largest_remainder
+from datalloy.slope_stage import follow_slopes
+from datalloy.target_items import TargetItems
+from datalloy.training import train
+from datalloy.uncertainty import Interval, rank_agreement
+from datalloy.vlm import VLM
+
+log = logging.getLogger(__name__)
+
+BLOCKS = 4  # of target items, for racing
+OWN_ITEMS = 32  # of a part that its expert is not trained on: whether it learned its own domain is seen there
+OWN_FRACTION = 0.1  # of a part that may be kept from its expert
+FIRST_RUNS = 2  # before the first calibration: the search's pick and uniform shares
+SAME_PICK = 0.05  # share of samples in which two picks must differ for the second to be trained too
+FEASIBLE = 1e-7  # rounding of solvers, in weights
+POOL, DRAWS = 256, 400  # mixtures and draws of the surface from which the intervals of weights are read
+STABILITY_CALLS, STABILITY_TOLERANCE, STABILITY_POINTS = 4, 0.05, 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """What gets a weight of its own: a domain, or a score bucket of one."""
+
+    name: str
+    domain: str
+    samples: Sequence[Sample]
+
+
+class MergedModels:
+    """What a search may measure: the merged models of one set of experts on the targets' items.
+
+    Every answer is recorded as a unit of the run under `unit`; what has a record is not measured again.
+    """
+
+    def __init__(self, run: Run, unit: str, merge: Merge, targets: Mapping[str, Sequence[Sample]], metric: str) -> None:
+        self._run, self._unit, self._merge = run, unit, merge
+        recipe, shared = run.recipe, merge.vision_is_shared
+        encoded = {n: EncodedSamples(merge.vlm, s, max_tokens=recipe.train.max_tokens) for n, s in targets.items()}
+        even = dict.fromkeys(targets, 1.0)
+        self._loss_items = TargetItems.lay_out(merge.vlm, encoded, even, share_vision=shared)
+        self._items = lay_out_items(merge.vlm, run, targets, metric, share_vision=shared)
+        self.names, self.targets = merge.names, tuple(targets)
+        self.target_V, self.block_V = self._items.target_V, self._items.block_V
+
+    def slopes(self, weight_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Answer loss of each target at theta_w, [G] nats per token, and its slopes, [G, K]."""
+        unit = f"{self._unit}/slopes-{_key(weight_K)}"
+        if (done := self._run.finished(unit)) is None:
+            loss_G, slope_GK = self._merge.slopes(weight_K, self._loss_items)
+            done = self._run.commit(unit, [], {"losses": loss_G.tolist(), "slopes": slope_GK.tolist()})
+        return np.array(done["losses"]), np.array(done["slopes"])
+
+    def values(self, weight_K: np.ndarray, block: int) -> np.ndarray:
+        """Values of the items of a block, higher is better: a loss comes negated."""
+        unit = f"{self._unit}/values-{_key(weight_K)}-{block}"
+        if (done := self._run.finished(unit)) is None:
+            values = self._items.values(self._merge.set(weight_K), block)
+            done = self._run.commit(unit, [], {"values": values.tolist()})
+        return np.array(done["values"])
+
+    def all_values(self, weight_K: np.ndarray) -> np.ndarray:
+        """Values of all items, [V]."""
+        value_V = np.empty(len(self.block_V))
+        for block in np.unique(self.block_V):
+            value_V[self.block_V == block] = self.values(weight_K, int(block))
+        return value_V
+
+
+class Mixing:
+    """The mixture half of one run. `total` is how many samples the final training sees."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: config.Mixture,
+        base: VLM,
+        parts: Sequence[Part],
+        targets: Mapping[str, Sequence[Sample]],
+        total: int,
+    ) -> None:
+        self.run, self.base, self.parts, self.total = run, base, parts, total
+        self.targets = targets
+        self.settings = settings
+        self.names = tuple(part.name for part in parts)
+
+    # --- what is allowed and what is wanted --------------------------------------------------------------------
+
+    @cached_property
+    def simplex(self) -> Simplex:
+        """The mixtures that the recipe's limits allow. Raises RecipeError where there is none."""
+        domains = self.run.recipe.domains
+        cap_K = np.ones(len(self.parts))
+        for k, part in enumerate(self.parts):
+            if (epochs := domains[part.domain].max_epochs) is not None:
+                cap_K[k] = epochs * len(part.samples) / self.total
+        floor_K = np.zeros(len(self.parts))
+        groups = [Group(self._parts_of(g.domains), g.min_share, g.max_share) for g in self.settings.groups.values()]
+        for name, domain in domains.items():
+            inside = self._parts_of([name])
+            if len(inside) == 1:
+                floor_K[self.names.index(inside[0])] = domain.min_share
+            elif domain.min_share:
+                groups.append(Group(inside, domain.min_share, 1.0))
+        return Simplex(self.names, floor_K, cap_K, tuple(groups))
+
+    def _parts_of(self, domains: Sequence[str]) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts if part.domain in domains)
+
+    @cached_property
+    def sizes_K(self) -> np.ndarray:
+        """Shares of the parts in the pool: what mixing without a thought would use."""
+        count_K = np.array([len(part.samples) for part in self.parts], dtype=float)
+        return count_K / count_K.sum()
+
+    @cached_property
+    def objective(self) -> Objective:
+        weight_G = np.ones(len(self.targets))
+        if self.settings.objective in ("weighted", "pareto"):
+            weight_G = np.array([self.run.recipe.targets[name].weight for name in self.targets])
+        rails = self.settings.guard_rails
+        return Objective(
+            kind=self.settings.objective,
+            weight_G=weight_G / weight_G.sum(),
+            base_G=self._by_target(self.base_values),
+            max_fall_G=np.array([rails.get(name, np.inf) for name in self.targets]),
+        )
+
+    # --- experts -----------------------------------------------------------------------------------------------
+
+    def experts(self) -> dict[str, Path]:
+        """One model a part, all from one base by one recipe and equal steps. Writes `experts/PART/`."""
+        return {part.name: self._expert(part) for part in self.parts}
+
+    def _expert(self, part: Part) -> Path:
+        folder, unit = self.run.path(f"experts/{part.name}"), f"experts/{part.name}"
+        if self.run.finished(unit) is None:
+            own, rest = self._split(part)
+            log.info("expert %s: %d samples, %d steps", part.name, len(rest), self.steps)
+            milestones = {self._milestone(f): folder / _after(f) for f in self.settings.checkpoints if f < 1}
+            vlm = self.base.copy()
+            encoded = self._encode(vlm, own)
+            before = _losses(vlm, encoded)
+            trained = train(
+                vlm, self._encode(vlm, rest), self._train_settings, folder, steps=self.steps, milestones=milestones
+            )
+            facts = {"samples": len(rest), "own_before": before, "own_after": _losses(vlm, encoded)}
+            self.run.commit(unit, [folder], {**asdict(trained), **facts})
+        return folder
+
+    def _split(self, part: Part) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        """A few samples of the part to see its expert learn, drawn by content; and those it is trained on."""
+        order = sorted(part.samples, key=lambda s: digest(["own", self.settings.seed, s.content_hash]))
+        own = min(OWN_ITEMS, int(OWN_FRACTION * len(order)))
+        return order[:own], order[own:]
+
+    def _milestone(self, fraction: float) -> int:
+        return max(1, round(fraction * self.steps))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of every expert and of every mixture that is really trained."""
+        batch = self.run.recipe.train.batch_size
+        return max(1, round((self.settings.expert_samples or self.total) / batch))
+
+    @property
+    def _train_settings(self) -> config.Train:
+        return self.run.recipe.train.model_copy(update={"report_to": ()})
+
+    def _encode(self, vlm: VLM, samples: Sequence[Sample]) -> EncodedSamples:
+        return EncodedSamples(vlm, samples, max_tokens=self.run.recipe.train.max_tokens)
+
+    # --- merged models -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def merged(self) -> MergedModels:
+        """The experts as they are at the end of their training, merged."""
+        return MergedModels(self.run, "mixture/merged", self.merge, self.targets, self.settings.metric)
+
+    def _by_target(self, value_V: np.ndarray) -> np.ndarray:
+        target_V = self._items.target_V
+        return np.array([value_V[target_V == g].mean() for g in range(len(self.targets))])
+
+    @cached_property
+    def merge(self) -> Merge:
+        return open_merge(self.base, self.experts())
+
+    @cached_property
+    def base_values(self) -> np.ndarray:
+        """Values of the targets' items under the base, [V]."""
+        return self._measure("mixture/base", None)
+
+    def diagnose(self) -> dict[str, Any]:
+        """Whether these experts can stand in for mixtures at all. Writes `mixture/mergeability.json`."""
+        path = self.run.path("mixture/mergeability.json")
+        found = diagnose([self._facts(part) for part in self.parts], self.merge.gram_KK, self.merge.base_norm)
+        for warning in found.warnings:
+            log.warning("%s", warning)
+        write_json(path, asdict(found))
+        return asdict(found)
+
+    def _facts(self, part: Part) -> Expert:
+        done = self.run.finished(f"experts/{part.name}") or {}
+        settings = self.run.recipe.train.model_dump(mode="json", exclude={"report_to", "micro_batch_size"})
+        equal = {"base": self.base.name, **settings}
+        return Expert(part.name, done["steps"], done["own_before"], done["own_after"], equal)
+
+    # --- search ------------------------------------------------------------------------------------------------
+
+    def search(self) -> Found:
+        """The mixture whose merged model is expected to be best. Writes `mixture/candidates.parquet`.
+
+        Deterministic given the answers, and those are recorded: called again, it costs no evaluation.
+        """
+        self.experts()
+        self.diagnose()
+        found = search(
+            self.merged,
+            self.simplex,
+            self.objective,
+            metric=self.settings.metric,
+            evaluations=self.settings.evaluations,
+            seed=self.settings.seed,
+        )
+        path = self.run.path("mixture/candidates.parquet")
+        if self.run.finished("mixture/search") is None:
+            write_candidates(path, self.names, tuple(self.targets), found.rows)
+            log.info("the search recommends %s", self.describe(found.weight_K))
+            data = {"weights": self._named(found.weight_K), "stability": self._stability()}
+            self.run.commit("mixture/search", [path], data)
+        return found
+
+    def _stability(self) -> list[dict[str, Any]]:
+        """Where slopes lead on the experts as they were earlier in their training, and how alike they rank mixtures.
+
+        A recommendation that wanders with the budget is not to be trusted beyond it.
+        """
+        wanted = replace(
+            self.objective, base_G=np.zeros(len(self.targets)), max_fall_G=np.full(len(self.targets), np.inf)
+        )
+        stages = {}
+        for fraction in sorted({*self.settings.checkpoints, 1.0}):
+            merged = self.merged if fraction == 1 else self._merged_after(fraction)
+            stages[fraction] = follow_slopes(
+                merged.slopes, self.simplex, wanted, calls=STABILITY_CALLS, tolerance=STABILITY_TOLERANCE
+            )
+        sample_NK = self.simplex.sample(STABILITY_POINTS, self.settings.seed)
+        score = {f: wanted.score(-stage.quadratics.losses(sample_NK)) for f, stage in stages.items()}
+        return [
+            {
+                "fraction": fraction,
+                "weights": self._named(stage.weight_K),
+                "moved": float(np.abs(stage.weight_K - stages[1.0].weight_K).sum() / 2),
+                "spearman": rank_agreement(score[fraction], score[1.0]),
+            }
+            for fraction, stage in stages.items()
+        ]
+
+    def _merged_after(self, fraction: float) -> MergedModels:
+        folders = {name: folder / _after(fraction) for name, folder in self.experts().items()}
+        merge = open_merge(self.base, folders)
+        return MergedModels(self.run, f"mixture/merged-{_after(fraction)}", merge, self.targets, self.settings.metric)
+
+    # --- verify ------------------------------------------------------------------------------------------------
+
+    def verify(self) -> Mixture:
+        """Train a few mixtures really, calibrate the search by them, and give the verdict on the best of them.
+
+        Writes `mixture/mixture.json`. Of the runs, the search's pick and uniform shares come first; the calibrated
+        surface then has its pick, which is trained too unless it is much the same; what is left goes to the shares of
+        the domains' sizes and to where the surface is least known.
+        """
+        path = self.run.path("mixture/mixture.json")
+        if self.run.finished("mixture/verdict") is not None:
+            return Mixture.read(path)
+        found = self.search()
+        weight_NK = self._really_trained(found)
+        trained = self._evidence(weight_NK)
+        calibration = self._calibrate(found, weight_NK)
+        eligible_NK = np.array([weight_K for weight_K in weight_NK if self.simplex.contains(weight_K, FEASIBLE)])
+        pick_K = self._best(calibration, eligible_NK) if self.settings.verify_runs else found.weight_K
+        verdict = judge(
+            trained,
+            calibration,
+            self.objective,
+            pick_K=pick_K,
+            uniform_K=self.simplex.uniform,
+            size_K=self.simplex.project(self.sizes_K),
+            confidence=self.settings.confidence,
+            seed=self.settings.seed,
+            chosen_among=len(eligible_NK) if self.settings.verify_runs else 1,
+        )
+        trusted_K = self.simplex.uniform if verdict.verdict == "use uniform" else pick_K
+        runs = int((weight_NK.max(axis=1) < 1).sum())
+        advice = Mixture.judged(
+            self._named(trusted_K),
+            self._intervals(calibration, pick_K),
+            verdict,
+            searched=self._named(pick_K),
+            objective=self.settings.objective,
+            metric=self.settings.metric,
+            spent=Spent(found.spent.slope_calls, math.ceil(found.spent.evaluations), runs),
+        )
+        advice.write(path)
+        self.run.commit("mixture/verdict", [path])
+        log.info("verdict: %s. %s", verdict.verdict, verdict.reason)
+        return advice
+
+    def _really_trained(self, found: Found) -> np.ndarray:
+        """Weights of all mixtures that were really trained, the experts first."""
+        weight_NK = np.eye(len(self.parts))
+        for count in (min(FIRST_RUNS, self.settings.verify_runs), self.settings.verify_runs):
+            calibration = self._calibrate(found, weight_NK)
+            pick_K = found.weight_K
+            if len(weight_NK) > len(self.parts):
+                calibrated_K = recommend(calibration, self.simplex, self.objective, seed=self.settings.seed)
+                is_new = np.abs(weight_NK - calibrated_K).sum(axis=1).min() / 2 > SAME_PICK
+                pick_K = calibrated_K if is_new else found.weight_K
+            planned = plan_runs(
+                calibration,
+                self.simplex,
+                self.objective,
+                pick_K=pick_K,
+                size_K=self.sizes_K,
+                count=count + len(self.parts) - len(weight_NK),
+                seed=self.settings.seed,
+                trained_NK=weight_NK,
+            )
+            weight_NK = np.vstack([weight_NK, *(run.weight_K for run in planned)])
+        return weight_NK
+
+    def _calibrate(self, found: Found, weight_NK: np.ndarray) -> Calibration:
+        trained = self._evidence(weight_NK)
+        return calibrate(found.predict, trained, interaction_scale(trained.merged_NG))
+
+    def _evidence(self, weight_NK: np.ndarray) -> TrainedMixtures:
+        return TrainedMixtures(
+            targets=tuple(self.targets),
+            weight_NK=weight_NK,
+            true_NV=np.array([self.trained(weight_K) for weight_K in weight_NK]),
+            merged_NV=np.array([self.merged.all_values(weight_K) for weight_K in weight_NK]),
+            target_V=self.merged.target_V,
+            seed_sd_G=np.zeros(len(self.targets)),
+        )
+
+    def _best(self, calibration: Calibration, weight_NK: np.ndarray) -> np.ndarray:
+        """The mixture with the best expected objective; guard rails come before it."""
+        value_NG = calibration.predict(weight_NK)[0]
+        rank = list(zip(self.objective.allowed(value_NG), self.objective.score(value_NG), strict=True))
+        return weight_NK[max(range(len(rank)), key=rank.__getitem__)]
+
+    def _intervals(self, calibration: Calibration, pick_K: np.ndarray) -> dict[str, Interval]:
+        """For each weight, where the best mixture lies in most draws of the calibrated surface; the pick is inside."""
+        pool_NK = np.vstack([pick_K, self.simplex.sample(POOL, self.settings.seed)])
+        drawn_RNG = calibration.draw(pool_NK, DRAWS, self.settings.seed)
+        best_R = self.objective.score(drawn_RNG).argmax(axis=1)
+        tail = (1 - self.settings.confidence) / 2
+        low_K, high_K = np.quantile(pool_NK[best_R], (tail, 1 - tail), axis=0)
+        ends = zip(np.minimum(low_K, pick_K).tolist(), np.maximum(high_K, pick_K).tolist(), strict=True)
+        return dict(zip(self.names, (Interval(*pair) for pair in ends), strict=True))
+
+    # --- real runs ---------------------------------------------------------------------------------------------
+
+    def train_on(self, weight_K: np.ndarray) -> Path:
+        """Really train on a mixture for as many steps as an expert; the folder. At a vertex, the expert itself."""
+        if weight_K.max() == 1:
+            return self.run.path(f"experts/{self.names[int(weight_K.argmax())]}")
+        total = self.steps * self.run.recipe.train.batch_size
+        counts = largest_remainder(weight_K, total)
+        unit = f"mixture/runs/{_key(counts)}"
+        folder = self.run.path(unit)
+        if self.run.finished(unit) is None:
+            log.info("really training on %s", self.describe(weight_K))
+            vlm = self.base.copy()
+            encoded = self._encode(vlm, self._samples_of(weight_K, total))
+            trained = train(vlm, encoded, self._train_settings, folder, steps=self.steps)
+            self.run.commit(unit, [folder], {**asdict(trained), "weights": self._named(weight_K)})
+        return folder
+
+    def trained(self, weight_K: np.ndarray) -> np.ndarray:
+        """Values of the targets' items after really training on a mixture, [V]."""
+        if weight_K.max() == 1:
+            return self.merged.all_values(weight_K)  # the merged model at a vertex is the expert
+        folder = self.train_on(weight_K)
+        return self._measure(f"{folder.relative_to(self.run.folder)}/values", folder)
+
+    def trained_uniform(self) -> Path | None:
+        """The model trained on uniform shares, if verification trained one for as long as the final model."""
+        total = self.steps * self.run.recipe.train.batch_size
+        unit = f"mixture/runs/{_key(largest_remainder(self.simplex.uniform, total))}"
+        return self.run.path(unit) if total == self.total and self.run.finished(unit) is not None else None
+
+    def _measure(self, unit: str, folder: Path | None) -> np.ndarray:
+        """Values of the targets' items under a checkpoint, None being the base; recorded in the run."""
+        if (done := self.run.finished(unit)) is None:
+            vlm = self.base if folder is None else VLM.load(str(folder), device=self.run.recipe.device)
+            done = self.run.commit(unit, [], {"values": self._items.values(vlm).tolist()})
+        return np.array(done["values"])
+
+    @cached_property
+    def _items(self) -> MetricItems:
+        return lay_out_items(self.base, self.run, self.targets, self.settings.metric, share_vision=False)
+
+    # --- the final training ------------------------------------------------------------------------------------
+
+    def train_final(self, unit: str, folder: Path) -> None:
+        """The base tuned on the recommended mixture. A verified run of the same length is that model already."""
+        if self.run.finished(unit) is not None:
+            return
+        weight_K = self._recommended()
+        samples = self._samples_of(weight_K, self.total)
+        if self.steps * self.run.recipe.train.batch_size == self.total:
+            source = self.train_on(weight_K)
+            facts = self.run.finished(str(source.relative_to(self.run.folder))) or {}
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("after-*"))
+        else:
+            vlm = self.base.copy()
+            steps = self.total // self.run.recipe.train.batch_size
+            facts = asdict(train(vlm, self._encode(vlm, samples), self.run.recipe.train, folder, steps=steps))
+        self.run.commit(unit, [folder], {**facts, "kept": len({(s.domain, s.id) for s in samples})})
+
+    def training_set(self) -> list[Sample]:
+        """The samples of the final training, in order and with repetitions: exact counts by largest remainder."""
+        return self._samples_of(self._recommended(), self.total)
+
+    def shares(self) -> list[dict[str, Any]]:
+        """What the final training takes of each part: count, samples there are, how often each is used."""
+        available = {part.name: len(part.samples) for part in self.parts}
+        planned = plan_shares(self._named(self._recommended()), available, self.total)
+        return [{**asdict(share), "passes": share.passes} for share in planned]
+
+    def _recommended(self) -> np.ndarray:
+        advice = self.verify()
+        return np.array([advice.weights[name] for name in self.names])
+
+    # --- samples of a mixture ----------------------------------------------------------------------------------
+
+    def _samples_of(self, weight_K: np.ndarray, total: int) -> list[Sample]:
+        """The `total` samples of a mixture, in order and with repetitions."""
+        by_key = {part.name: _keyed(part.samples) for part in self.parts}
+        chosen = materialise(
+            self._named(weight_K), {name: list(keyed) for name, keyed in by_key.items()}, total, self.settings.seed
+        )
+        return [by_key[name][key] for name, key in chosen]
+
+    def _named(self, weight_K: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.names, weight_K.tolist(), strict=True))
+
+    def describe(self, weight_K: np.ndarray) -> str:
+        """A mixture in words, largest share first."""
+        shares = sorted(self._named(weight_K).items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
+
+
+def lay_out_items(
+    vlm: VLM, run: Run, targets: Mapping[str, Sequence[Sample]], metric: str, *, share_vision: bool
+) -> MetricItems:
+    """The targets' items in blocks, judged by their loss or each by its target's own metric."""
+    metrics = {name: run.recipe.targets[name].metric if metric == "target" else "loss" for name in targets}
+    blocks = min(BLOCKS, min(len(items) for items in targets.values()))
+    return MetricItems.lay_out(vlm, targets, metrics, run.recipe.evaluate, blocks=blocks, share_vision=share_vision)
+
+
+def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:
+    """Samples by their content, the copies of one content numbered."""
+    seen: Counter[str] = Counter()
+    keyed = {}
+    for sample in sorted(samples, key=lambda s: (s.content_hash, s.id)):
+        keyed[f"{sample.content_hash}-{seen[sample.content_hash]}"] = sample
+        seen[sample.content_hash] += 1
+    return keyed
+
+
+def _key(numbers: np.ndarray) -> str:
+    return digest(np.asarray(numbers).tolist())[:16]
+
+
+def _after(fraction: float) -> str:
+    return f"after-{round(100 * fraction)}"
+
+
+def _losses(vlm: VLM, encoded: EncodedSamples) -> list[float]:
+    return answer_losses(vlm, encoded, batch_size=OWN_ITEMS).tolist()

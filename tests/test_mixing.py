@@ -1,0 +1,235 @@
+"""The mixture half of a run, for real on the embedded model: experts, merges, search, real runs, verdict."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from datalloy import mixing
+from datalloy.config import load_recipe
+from datalloy.errors import DataError, RecipeError
+from datalloy.mixture import Mixture, read_candidates
+from datalloy.report import write_report
+from datalloy.run import Run
+from datalloy.scores import Scores
+from datalloy.summary import summarise
+from datalloy.tiny.pools import PoolPlan, write_pool
+from datalloy.vlm import VLM
+from datalloy.workflows import Workflow
+
+PLAN = PoolPlan(
+    samples={"chart": 40, "counting": 30, "table": 20},
+    faults={},
+    targets=("chart", "counting"),
+    target_items=16,
+    holdout_items=8,
+)
+RECIPE = """\
+name: mixed
+base: tiny
+domains:
+  chart: {path: data/chart.jsonl}
+  counting: {path: data/counting.jsonl}
+  table: {path: data/table.jsonl, max_epochs: 2}
+targets:
+  chart: {path: data/chart.target.jsonl}
+  counting: {path: data/counting.target.jsonl}
+evaluation:
+  holdout: {path: data/chart.holdout.jsonl}
+score: {method: low_loss}
+select: {keep_fraction: 0.5}
+mixture: {verify_runs: 2, checkpoints: [0.5]}
+train: {adapter: none, learning_rate: 5e-4, batch_size: 8, samples: 48}
+evaluate: {max_new_tokens: 4, resamples: 100}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    write_pool(folder / "data", PLAN, seed=0)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_path):
+    folder = recipe_path.parent / "run"
+    with Run(load_recipe(recipe_path), folder) as run:
+        Workflow(run).run_all()
+        write_report(folder)
+    return folder
+
+
+@pytest.fixture
+def opened(finished, recipe_path):
+    """The finished run, opened again, with training switched off: whatever is asked for must be there already."""
+    with Run(load_recipe(recipe_path), finished) as run, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "train", None)
+        yield Workflow(run).mixing
+
+
+def a_mixing(recipe_path, folder, *overrides):
+    with Run(load_recipe(recipe_path, overrides), folder) as run:
+        return Workflow(run).mixing
+
+
+# --- what a finished run holds
+
+
+def test_the_advice_is_a_mixture_with_its_evidence(finished):
+    advice = Mixture.read(finished / "mixture" / "mixture.json")
+    assert sum(advice.weights.values()) == pytest.approx(1)
+    assert advice.weights.keys() == advice.searched.keys() == {"chart", "counting", "table"}
+    assert all(low <= advice.searched[name] <= high for name, (low, high) in advice.interval.items())
+    assert advice.agreement.spearman.mixtures == 3 + advice.spent.runs
+    assert advice.spent.runs == 2
+    assert advice.spent.slope_calls > 0
+
+
+def test_what_is_advised_was_really_trained(finished, opened):
+    advice = Mixture.read(finished / "mixture" / "mixture.json")
+    weight_K = np.array([advice.searched[name] for name in opened.names])
+    assert (opened.train_on(weight_K) / "model.safetensors").exists()
+
+
+def test_a_domain_is_repeated_no_more_often_than_the_recipe_allows(finished, opened):
+    names, _, rows = read_candidates(finished / "mixture" / "candidates.parquet")
+    cap = 2 * 10 / 48  # two epochs of the ten selected samples, of 48
+    assert opened.simplex.cap_K[names.index("table")] == pytest.approx(cap)
+    assert max(row.weight_K[names.index("table")] for row in rows if row.weight_K.max() < 1) <= cap + 1e-6
+    assert Mixture.read(finished / "mixture" / "mixture.json").weights["table"] <= cap + 1e-6
+
+
+def test_experts_are_kept_at_the_checkpoints_asked_for(finished):
+    for name in ("chart", "counting", "table"):
+        assert (finished / "experts" / name / "model.safetensors").exists()
+        assert (finished / "experts" / name / "after-50" / "model.safetensors").exists()
+
+
+def test_no_model_is_written_for_a_candidate(finished):
+    folders = {path.parent.relative_to(finished).parts[:2] for path in finished.rglob("*.safetensors")}
+    assert {parts[0] for parts in folders} == {"experts", "mixture", "model", "proxy"} - ({"proxy"} - _tops(finished))
+    assert {parts for parts in folders if parts[0] == "mixture"} == {("mixture", "runs")}
+
+
+def _tops(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_export_has_exactly_the_counts_of_the_mixture(finished, opened):
+    total = 0
+    for share in opened.shares():
+        path = finished / "export" / f"{share['domain']}.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        assert len(lines) == share["count"]
+        repeated = Counter(lines).values()
+        assert not repeated or max(repeated) - (min(repeated) if share["passes"] >= 1 else 0) <= 1
+        total += len(lines)
+    assert total == 48
+
+
+def test_the_final_model_is_the_verified_run_of_the_same_length(finished, opened):
+    advice = Mixture.read(finished / "mixture" / "mixture.json")
+    source = opened.train_on(np.array([advice.weights[name] for name in opened.names]))
+    model = "model.safetensors"
+    assert (finished / "model" / model).read_bytes() == (source / model).read_bytes()
+
+
+def test_metrics_hold_the_model_of_uniform_shares_beside_the_advised_one(finished):
+    assert set(json.loads((finished / "metrics.json").read_text())) == {"base", "model", "uniform"}
+
+
+def test_called_again_search_and_verdict_train_and_measure_nothing(opened, monkeypatch):
+    monkeypatch.setattr("datalloy.merging._CheckpointMerge.set", None)
+    before = {path: path.stat().st_mtime_ns for path in opened.run.path("units").iterdir()}
+    found = opened.search()
+    opened.verify()
+    assert opened.simplex.contains(found.weight_K, 1e-6)
+    assert {path: path.stat().st_mtime_ns for path in opened.run.path("units").iterdir()} == before
+
+
+def test_the_merged_model_at_a_vertex_answers_as_its_expert(opened):
+    expert = VLM.load(str(opened.run.path("experts/chart")), device="cpu")
+    weight_K = np.eye(3)[opened.names.index("chart")]
+    assert np.allclose(opened.merged.all_values(weight_K), opened._items.values(expert), atol=1e-5)
+
+
+def test_the_summary_and_the_page_say_verdict_and_shares(finished):
+    text = "\n".join([*summarise("mix", finished), *summarise("verify", finished), *summarise("run", finished)])
+    assert "verdict: " in text
+    assert "gain over uniform shares" in text
+    page = (finished / "report.html").read_text()
+    assert "The mixture" in page
+    assert "<svg" in page
+    assert "<script" not in page
+
+
+# --- what the recipe can ask for
+
+
+def test_buckets_split_every_domain_by_score(recipe_path, tmp_path):
+    whole = a_mixing(recipe_path, tmp_path / "run", "mixture.buckets=2")
+    assert whole.names == ("chart.1", "chart.2", "counting.1", "counting.2", "table.1", "table.2")
+    scores = Scores.read(tmp_path / "run" / "scores.parquet")
+    loss = dict(zip(scores.id, scores.loss, strict=True))
+    best, worst = whole.parts[0], whole.parts[1]
+    assert len(best.samples) == len(worst.samples) == 20
+    assert max(loss[s.id] for s in best.samples) <= min(loss[s.id] for s in worst.samples)
+
+
+def test_whole_domains_are_mixed_without_scoring(recipe_path, tmp_path):
+    whole = a_mixing(recipe_path, tmp_path / "run", "mixture.data=whole")
+    assert [len(part.samples) for part in whole.parts] == [40, 30, 20]
+    assert not (tmp_path / "run" / "scores.parquet").exists()
+
+
+def test_floors_and_groups_of_the_recipe_bind_the_search(recipe_path, tmp_path):
+    group = "mixture.groups={rare: {domains: [counting, table], min_share: 0.6}}"
+    limited = a_mixing(recipe_path, tmp_path / "run", "mixture.data=whole", "domains.chart.min_share=0.2", group)
+    assert limited.simplex.floor_K.tolist() == [0.2, 0, 0]
+    assert not limited.simplex.contains(np.array([0.5, 0.3, 0.2]))
+    assert limited.simplex.contains(np.array([0.3, 0.4, 0.3]))
+
+
+def test_a_floor_of_a_split_domain_binds_its_buckets_together(recipe_path, tmp_path):
+    split = a_mixing(recipe_path, tmp_path / "run", "mixture.buckets=2", "domains.chart.min_share=0.5")
+    assert split.simplex.contains(np.array([0.5, 0.0, 0.2, 0.2, 0.05, 0.05]))
+    assert not split.simplex.contains(np.array([0.2, 0.2, 0.2, 0.2, 0.1, 0.1]))
+
+
+def test_mixing_without_a_mixture_section_says_how_to_switch_it_on(recipe_path, tmp_path):
+    with pytest.raises(RecipeError, match=r"mixture: \{\}"):
+        a_mixing(recipe_path, tmp_path / "run", "mixture=null")
+
+
+def test_guard_rails_and_weights_reach_the_objective(recipe_path, tmp_path):
+    wanted = ("mixture.data=whole", "mixture.objective=weighted", "targets.chart.weight=3.0")
+    with Run(load_recipe(recipe_path, [*wanted, "mixture.guard_rails={chart: 0.1}"]), tmp_path / "run") as run:
+        objective = Workflow(run).mixing.objective
+    assert objective.weight_G.tolist() == [0.75, 0.25]
+    assert objective.max_fall_G.tolist() == [0.1, np.inf]
+    assert (objective.base_G < 0).all()  # losses, negated
+
+
+def test_copies_of_one_content_are_different_samples_of_a_mixture(recipe_path, tmp_path):
+    parts = a_mixing(recipe_path, tmp_path / "run", "mixture.data=whole").parts
+    keyed = mixing._keyed([*parts[0].samples, parts[0].samples[0]])
+    assert len(keyed) == 41
+
+
+def test_a_domain_without_a_sample_left_is_refused_by_name(recipe_path, tmp_path):
+    with Run(load_recipe(recipe_path), tmp_path / "run") as run:
+        workflow = Workflow(run)
+        workflow._used_samples = lambda: [s for s in workflow.pool if s.domain != "table"]
+        with pytest.raises(DataError, match="domain table has no sample left"):
+            _ = workflow.mixing
+
+
+def test_experts_of_low_rank_are_merged_as_adapters(recipe_path, tmp_path):
+    lora = ("mixture.data=whole", "train.adapter=lora", "train.rank=2", "train.samples=16", "mixture.checkpoints=[]")
+    with Run(load_recipe(recipe_path, [*lora, "mixture.verify_runs=0"]), tmp_path / "run") as run:
+        advice = Workflow(run).verify()
+    assert (tmp_path / "run" / "experts" / "chart" / "adapter_model.safetensors").exists()
+    assert advice.spent.runs == 0
