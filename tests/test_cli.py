@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ base: tiny
 domains: {chart: {path: chart.jsonl}}
 targets: {goal: {path: goal.jsonl}}
 """
-VERBS = ("check", "score", "select", "train", "evaluate", "export", "run")
+VERBS = ("check", "score", "select", "mix", "verify", "train", "evaluate", "export", "run")
 COUNTS = {
     "domains": {"chart": 3},
     "targets": {"goal": 2},
@@ -85,6 +86,8 @@ def test_set_reaches_the_recipe(recipe, check):
         ("check", "check", "check.json"),
         ("score", "score", "scores.parquet"),
         ("select", "select", "selection.parquet"),
+        ("mix", "mix", "mixture/candidates.parquet"),
+        ("verify", "verify", "mixture/mixture.json"),
         ("train", "train", "model"),
         ("evaluate", "evaluate", "metrics.json"),
         ("export", "export", "export"),
@@ -137,6 +140,25 @@ def test_init_overwrites_nothing(path, recipe, capsys):
     assert cli.answer(["init", path]) == 2
     assert "recipe.yaml exists already; give another name" in capsys.readouterr().err
     assert Path(recipe).read_text() == RECIPE
+
+
+def test_merge_takes_paths_and_weights_and_names_what_it_wrote(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def merge(weights, out, base):
+        asked.append((weights, out, base))
+        return SimpleNamespace(kind="checkpoint", tensors=3, dtype="float32", bytes=2_000_000)
+
+    monkeypatch.setattr("datalloy.checkpoints.merge_checkpoints", merge)
+    assert cli.answer(["merge", "a=b/c=0.25", "d=0.75", "--out", "merged"]) == 0
+    assert asked == [([(Path("a=b/c"), 0.25), (Path("d"), 0.75)], Path("merged"), None)]
+    assert capsys.readouterr().out.splitlines() == ["checkpoint: 3 tensors of float32, 2.0 MB", "merged"]
+
+
+@pytest.mark.parametrize("model", ["experts/chart", "experts/chart=", "=0.5", "experts/chart=half"])
+def test_a_model_without_a_weight_is_refused(model, capsys):
+    assert cli.answer(["merge", model, "--out", "merged"]) == 2
+    assert "is not PATH=WEIGHT" in capsys.readouterr().err
 
 
 def test_demo_prints_its_lines(monkeypatch, capsys):
@@ -233,7 +255,7 @@ SLOW = """\
 import sys, time, types
 class Workflow:
     def __init__(self, run): self.run = run
-    score = select = train = evaluate = export = run_all = None
+    score = select = mix = verify = train = evaluate = export = run_all = None
     def check(self):
         try:
             print("working", flush=True)
