@@ -157,6 +157,7 @@ def test_the_merged_model_at_a_vertex_answers_as_its_expert(opened):
 
 
 def test_the_summary_and_the_page_say_verdict_and_shares(finished):
+    assert "cross-check without merging (MixMin)" in "\n".join(summarise("mix", finished))
     text = "\n".join([*summarise("mix", finished), *summarise("verify", finished), *summarise("run", finished)])
     assert "verdict: " in text
     assert "gain over uniform shares" in text

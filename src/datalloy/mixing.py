@@ -46,6 +46,7 @@ from datalloy.sample import Sample
 from datalloy.search import Found, search
 from datalloy.simplex import Group, Simplex, largest_remainder
 from datalloy.slope_stage import follow_slopes
+from datalloy.surrogates.mixmin import MixMin
 from datalloy.target_items import TargetItems
 from datalloy.training import train
 from datalloy.uncertainty import Interval, rank_agreement
@@ -60,6 +61,7 @@ FIRST_RUNS = 2  # before the first calibration: the search's pick and uniform sh
 SAME_PICK = 0.05  # share of samples in which two picks must differ for the second to be trained too
 FEASIBLE = 1e-7  # rounding of solvers, in weights
 POOL, DRAWS = 256, 400  # mixtures and draws of the surface from which the intervals of weights are read
+FAR_APART = 0.3  # share of samples in which two recommendations differ enough for a warning
 STABILITY_CALLS, STABILITY_TOLERANCE, STABILITY_POINTS = 4, 0.05, 64
 
 
@@ -84,6 +86,7 @@ class MergedModels:
         encoded = {n: EncodedSamples(merge.vlm, s, max_tokens=recipe.train.max_tokens) for n, s in targets.items()}
         even = dict.fromkeys(targets, 1.0)
         self._loss_items = TargetItems.lay_out(merge.vlm, encoded, even, share_vision=shared)
+        self._tokens_V = np.array([item.supervised_tokens for group in encoded.values() for item in group])
         self._items = lay_out_items(merge.vlm, run, targets, metric, share_vision=shared)
         self.names, self.targets = merge.names, tuple(targets)
         self.target_V, self.block_V = self._items.target_V, self._items.block_V
@@ -103,6 +106,20 @@ class MergedModels:
             values = self._items.values(self._merge.set(weight_K), block)
             done = self._run.commit(unit, [], {"values": values.tolist()})
         return np.array(done["values"])
+
+    def answer_log_probs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of each item's whole answer under each expert, [K, V] nats, and the items' weights.
+
+        An item counts as in the loss: by its target's weight, per token of its answer.
+        """
+        rows = []
+        for name, vertex_K in zip(self.names, np.eye(len(self.names)), strict=True):
+            unit = f"{self._unit}/losses-{name}"
+            if (done := self._run.finished(unit)) is None:
+                losses = self._loss_items.losses(self._merge.set(vertex_K))
+                done = self._run.commit(unit, [], {"losses": losses.tolist()})
+            rows.append(-np.array(done["losses"]) * self._tokens_V)
+        return np.array(rows), self._loss_items.item_weight_V / self._tokens_V
 
     def all_values(self, weight_K: np.ndarray) -> np.ndarray:
         """Values of all items, [V]."""
@@ -271,9 +288,26 @@ class Mixing:
         if self.run.finished("mixture/search") is None:
             write_candidates(path, self.names, tuple(self.targets), found.rows)
             log.info("the search recommends %s", self.describe(found.weight_K))
-            data = {"weights": self._named(found.weight_K), "stability": self._stability()}
+            data = {
+                "weights": self._named(found.weight_K),
+                "stability": self._stability(),
+                "mixmin": self._mixmin(found.weight_K),
+            }
             self.run.commit("mixture/search", [path], data)
         return found
+
+    def _mixmin(self, weight_K: np.ndarray) -> dict[str, Any]:
+        """What the experts' own predictions recommend without a merge: a cross-check that costs one pass of each."""
+        mixmin_K = MixMin(*self.merged.answer_log_probs()).best(self.simplex)
+        apart = float(np.abs(mixmin_K - weight_K).sum() / 2)
+        if apart > FAR_APART:
+            log.warning(
+                "MixMin, which merges nothing, recommends %s: %.0f%% of the samples would be others. Two ways of "
+                "thinking disagree; trust what the real runs say",
+                self.describe(mixmin_K),
+                100 * apart,
+            )
+        return {"weights": self._named(mixmin_K), "apart": apart}
 
     def _stability(self) -> list[dict[str, Any]]:
         """Where slopes lead on the experts as they were earlier in their training, and how alike they rank mixtures.

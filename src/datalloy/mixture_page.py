@@ -138,6 +138,9 @@ def _trust(folder: Path, mixture: dict[str, Any]) -> str:
     for finding in (*diagnosis["warnings"], *diagnosis["notes"]):
         lines.append(f"{finding['found']}: {finding['means']}; {finding['advice']}")
     search = json.loads((folder / "units" / "mixture--search.json").read_text())["data"]
+    mixmin = search["mixmin"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in _by_share(mixmin["weights"]) if share >= 0.005)
+    lines.append(f"MixMin, which merges nothing, would exchange {mixmin['apart']:.0%} of the samples ({shares})")
     for row in search["stability"]:
         if row["fraction"] < 1:
             lines.append(

@@ -79,6 +79,9 @@ def _mix(folder: Path) -> Iterator[str]:
             f"experts at {row['fraction']:.0%} of their training: {row['moved']:.0%} of the samples would be others, "
             f"rank agreement of merged losses {row['spearman']:.2f}"
         )
+    mixmin = found["mixmin"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in mixmin["weights"].items() if share >= 0.005)
+    yield f"cross-check without merging (MixMin): {shares}; {mixmin['apart']:.0%} of the samples would be others"
     for warning in json.loads((folder / "mixture" / "mergeability.json").read_text())["warnings"]:
         yield f"warning: {warning['found']}: {warning['means']}; {warning['advice']}"
     yield "no mixture was trained yet: `datalloy verify` says how far this is to be trusted"
