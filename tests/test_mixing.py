@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_experts_are_kept_at_the_checkpoints_asked_for(finished):
 def test_no_model_is_written_for_a_candidate(finished):
     folders = {path.parent.relative_to(finished).parts[:2] for path in finished.rglob("*.safetensors")}
     assert {parts[0] for parts in folders} == {"experts", "mixture", "model", "proxy"} - ({"proxy"} - _tops(finished))
-    assert {parts for parts in folders if parts[0] == "mixture"} == {("mixture", "runs")}
+    assert {parts for parts in folders if parts[0] == "mixture"} - {("mixture", "merge")} == {("mixture", "runs")}
 
 
 def _tops(folder):
@@ -138,7 +139,16 @@ def test_the_final_model_is_the_verified_run_of_the_same_length(finished, opened
 
 
 def test_metrics_hold_the_model_of_uniform_shares_beside_the_advised_one(finished):
-    assert set(json.loads((finished / "metrics.json").read_text())) == {"base", "model", "uniform"}
+    assert set(json.loads((finished / "metrics.json").read_text())) - {"merge"} == {"base", "model", "uniform"}
+
+
+def test_a_merge_that_is_offered_is_the_model_that_was_searched(opened, monkeypatch):
+    advice = opened.verify()
+    monkeypatch.setattr(opened, "verify", lambda: replace(advice, verdict="deploy the merge"))
+    opened.run.path("units/mixture--merge.json").unlink(missing_ok=True)
+    merged = VLM.load(str(opened.write_merge()), device="cpu")
+    searched_K = np.array([advice.searched[name] for name in opened.names])
+    assert np.allclose(opened._items.values(merged), opened.merged.all_values(searched_K), atol=1e-5)
 
 
 def test_called_again_search_and_verdict_train_and_measure_nothing(opened, monkeypatch):

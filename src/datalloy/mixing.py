@@ -35,6 +35,7 @@ from datalloy.calibration import (
     plan_runs,
     recommend,
 )
+from datalloy.checkpoints import merge_checkpoints
 from datalloy.encoding import EncodedSamples
 from datalloy.evaluation import MetricItems, answer_losses
 from datalloy.mergeability import Expert, diagnose
@@ -85,7 +86,7 @@ class MergedModels:
         recipe, shared = run.recipe, merge.vision_is_shared
         encoded = {n: EncodedSamples(merge.vlm, s, max_tokens=recipe.train.max_tokens) for n, s in targets.items()}
         even = dict.fromkeys(targets, 1.0)
-        self._loss_items = TargetItems.lay_out(merge.vlm, encoded, even, share_vision=shared)
+        self._loss_items = TargetItems.lay_out(merge.vlm, encoded, even, share_vision=shared, targets_apart=True)
         self._tokens_V = np.array([item.supervised_tokens for group in encoded.values() for item in group])
         self._items = lay_out_items(merge.vlm, run, targets, metric, share_vision=shared)
         self.names, self.targets = merge.names, tuple(targets)
@@ -498,6 +499,17 @@ class Mixing:
             steps = self.total // self.run.recipe.train.batch_size
             facts = asdict(train(vlm, self._encode(vlm, samples), self.run.recipe.train, folder, steps=steps))
         self.run.commit(unit, [folder], {**facts, "kept": len({(s.domain, s.id) for s in samples})})
+
+    def write_merge(self) -> Path | None:
+        """The merged model at the searched mixture as a checkpoint, where the verdict offers it; else None."""
+        advice, folder = self.verify(), self.run.path("mixture/merge")
+        if advice.verdict != "deploy the merge":
+            return None
+        if self.run.finished("mixture/merge") is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            merge_checkpoints([(self.experts()[name], share) for name, share in advice.searched.items()], folder)
+            self.run.commit("mixture/merge", [folder])
+        return folder
 
     def training_set(self) -> list[Sample]:
         """The samples of the final training, in order and with repetitions: exact counts by largest remainder."""

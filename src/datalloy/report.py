@@ -122,7 +122,7 @@ def _cost_note(folder: Path) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    labels = {"base": "base", "model": "trained as advised", "uniform": "trained on uniform shares"}
+    labels = {"base": "base", "model": "trained as advised", "uniform": "trained on uniform shares", "merge": "merge"}
     shown = [name for name in labels if name in metrics]
     rows = [
         [name, before["metric"], str(before["items"]), *(_mean(metrics[model][name]) for model in shown)]

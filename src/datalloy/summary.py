@@ -107,6 +107,11 @@ def _verify(folder: Path) -> Iterator[str]:
         "merged models"
     )
     yield f"verdict: {mixture['verdict']}. {mixture['reason']}"
+    if mixture["verdict"] == "deploy the merge":
+        experts = " ".join(
+            f"{folder / 'experts' / name}={share:.6g}" for name, share in mixture["searched"].items() if share
+        )
+        yield f"the merge is in {folder / 'mixture' / 'merge'}; also: datalloy merge {experts} --out DIR"
 
 
 def _train(folder: Path) -> Iterator[str]:
@@ -119,10 +124,12 @@ def _train(folder: Path) -> Iterator[str]:
 
 def _evaluate(folder: Path) -> Iterator[str]:
     metrics = json.loads((folder / "metrics.json").read_text())
-    yield f"{'set':<24}{'metric':<18}{'items':>6}  {'base':<24}{'tuned':<24}"
+    labels = {"base": "base", "model": "tuned", "uniform": "uniform shares", "merge": "merge"}
+    shown = {name: label for name, label in labels.items() if name in metrics}
+    yield f"{'set':<24}{'metric':<18}{'items':>6}  " + "".join(f"{label:<24}" for label in shown.values())
     for name, before in metrics["base"].items():
-        after = metrics["model"][name]
-        yield f"{name:<24}{before['metric']:<18}{before['items']:>6}  {_mean(before):<24}{_mean(after):<24}"
+        means = "".join(f"{_mean(metrics[model][name]):<24}" for model in shown)
+        yield f"{name:<24}{before['metric']:<18}{before['items']:>6}  {means}"
 
 
 def _export(folder: Path) -> Iterator[str]:

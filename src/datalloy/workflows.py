@@ -577,10 +577,14 @@ class Workflow:
     # --- evaluate: checkpoint in, metrics out ------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure the base and the trained model on targets and held-out sets. Writes `metrics.json`."""
+        """Measure the base and the trained model on targets and held-out sets. Writes `metrics.json`.
+
+        With a mixture also the model trained on uniform shares, and the merge where the verdict offers it.
+        """
         models = {"base": None, "model": self.train()}
-        if self.recipe.mixture and (uniform := self.mixing.trained_uniform()):
-            models["uniform"] = uniform
+        if self.recipe.mixture:
+            beside = {"uniform": self.mixing.trained_uniform(), "merge": self.mixing.write_merge()}
+            models |= {name: folder for name, folder in beside.items() if folder}
         metrics = {name: self.evaluate_model(name, folder) for name, folder in models.items()}
         write_json(self.run.path("metrics.json"), metrics)
         return metrics

@@ -55,14 +55,14 @@ evaluation:
   chart-holdout: {path: data/chart.holdout.jsonl, metric: exact_match}
   counting-holdout: {path: data/counting.holdout.jsonl, metric: exact_match}
 score: {method: auto, target_items: 48, probes: 96, warmup_fraction: 0.05}
-select: {keep_fraction: auto, bakeoff_epochs: 12}
+select: {keep_fraction: auto, bakeoff_epochs: 8}
 mixture: {objective: mean, metric: loss, verify_runs: 3}
 train:
   adapter: none
   freeze_vision: false
   learning_rate: 5e-4
   batch_size: 16
-  samples: 3200
+  samples: 2400
 evaluate: {max_new_tokens: 12, batch_size: 100}
 """
 
@@ -131,6 +131,8 @@ def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
         "mixture by size": mixing.train_on(size_K),
         "best of the grid": mixing.train_on(best_K),
     }
+    if merge := mixing.write_merge():
+        folders["merge of the experts"] = merge
     return found, folders
 
 
