@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from datalloy.run import write_json
+from datalloy.run import write_atomically
 from datalloy.surrogates import SURROGATES, Surrogate
 from datalloy.surrogates.gaussian_process import GaussianProcess
 from datalloy.uncertainty import rank_agreement
@@ -133,6 +133,10 @@ def summarise(rows: list[dict], targets: tuple[str, ...]) -> list[dict]:
     return summary
 
 
+def _short(value: float | str) -> float | str:
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def _mean(rows: list[dict], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
@@ -167,9 +171,9 @@ def main() -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
         ).stdout.strip(),
-        "rows": rows,
+        "rows": {key: [_short(row[key]) for row in rows] for key in rows[0]},
     }
-    write_json(args.out, report)
+    write_atomically(args.out, (json.dumps(report) + "\n").encode())
     print(json.dumps({key: report[key] for key in ("summary", "seconds")}, indent=1))
 
 
