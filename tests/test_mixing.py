@@ -9,6 +9,7 @@ import pytest
 
 from datalloy import mixing
 from datalloy.config import load_recipe
+from datalloy.costs import estimate
 from datalloy.errors import DataError, RecipeError
 from datalloy.mixture import Mixture, read_candidates
 from datalloy.report import write_report
@@ -208,6 +209,16 @@ def test_a_floor_of_a_split_domain_binds_its_buckets_together(recipe_path, tmp_p
     split = a_mixing(recipe_path, tmp_path / "run", "mixture.buckets=2", "domains.chart.min_share=0.5")
     assert split.simplex.contains(np.array([0.5, 0.0, 0.2, 0.2, 0.05, 0.05]))
     assert not split.simplex.contains(np.array([0.2, 0.2, 0.2, 0.2, 0.1, 0.1]))
+
+
+def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
+    stages = {line.split()[0]: line for line in estimate(load_recipe(recipe_path)) if " MB" in line}
+    assert "3 experts" in stages["experts"]
+    assert "nothing written" in stages["mix"]
+    assert "2 real runs" in stages["verify"]
+    operations = {name: float(stages[name].split()[1]) for name in ("experts", "verify", "train")}
+    assert operations["experts"] == pytest.approx(3 * operations["train"], rel=0.02)
+    assert operations["verify"] > 2 * operations["train"]
 
 
 def test_mixing_without_a_mixture_section_says_how_to_switch_it_on(recipe_path, tmp_path):

@@ -12,6 +12,7 @@ from datalloy.errors import DataError, EnvironmentFault
 from datalloy.simplex import Simplex, dirichlet
 from datalloy.surrogates import SURROGATES, proposals
 from datalloy.surrogates.proposals import RIVALS, Evidence
+from datalloy.surrogates.ridge import Ridge, scheffe_features
 from datalloy.surrogates.rows import distinct, folds
 from surrogate_contract import DOMAINS, FEASIBLE, RivalContract, SurrogateContract, evidence, fitted, smooth
 
@@ -149,11 +150,14 @@ def test_the_gaussian_process_takes_the_coordinates_that_fit():
     assert [model._coordinates for model in models] == [np.asarray, np.sqrt]
 
 
-def test_scheffe_leaves_corners_free_where_products_say_nothing():
-    weight_NK = np.vstack([np.eye(8), dirichlet(8, 12, 0)])
-    slope_K = np.arange(8.0)
-    predicted_K = fitted(SURROGATES["scheffe"], weight_NK, weight_NK @ slope_K).predict(np.eye(8))
-    assert predicted_K == pytest.approx(slope_K, abs=0.2)
+def test_scheffe_finds_corners_better_for_shrinking_them_less_than_products():
+    misses = {"scheffe": 0.0, "equally": 0.0}
+    for seed in range(3):
+        weight_NK, slope_K = np.vstack([np.eye(8), dirichlet(8, 12, seed)]), np.arange(8.0)
+        value_N = weight_NK @ slope_K + np.random.default_rng(seed).normal(0, 0.3, 20)
+        for name, make in (("scheffe", SURROGATES["scheffe"]), ("equally", lambda: Ridge([scheffe_features(1.0)]))):
+            misses[name] += np.abs(fitted(make, weight_NK, value_N).predict(np.eye(8)) - slope_K).mean()
+    assert misses["scheffe"] < 0.98 * misses["equally"]
 
 
 def test_one_wild_run_moves_the_law_little():
@@ -170,11 +174,11 @@ def test_one_wild_run_moves_the_law_little():
 
 
 def test_noise_is_not_fitted():
-    """Of values that are noise alone every tuned surrogate keeps little: that is what its cross-validation is for."""
-    weight_NK, held_out_MK = dirichlet(DOMAINS, 40, 0), dirichlet(DOMAINS, 100, 1)
-    value_N = np.random.default_rng(0).normal(size=40)
-    for name in ("linear", "ridge_sqrt", "scheffe", "log_linear", "gaussian_process"):
-        assert fitted(SURROGATES[name], weight_NK, value_N).predict(held_out_MK).std() < 0.5
+    """Of values that are noise of spread one, ridges and processes keep little: their strength is chosen for that."""
+    weight_NK, held_out_MK = dirichlet(12, 20, 0), dirichlet(12, 100, 1)
+    value_N = np.random.default_rng(0).normal(size=20)
+    for name in ("linear", "ridge_sqrt", "scheffe", "gaussian_process"):
+        assert fitted(SURROGATES[name], weight_NK, value_N).predict(held_out_MK).std() < 0.6
 
 
 # --- trees ---------------------------------------------------------------------------------------------------------
@@ -191,11 +195,12 @@ def test_regmix_as_published_predicts_a_constant_below_forty_runs():
     assert spreads[1] > 0
 
 
-def test_tuned_trees_learn_a_step_from_a_dozen_runs():
+def test_tuned_trees_find_a_step_among_a_dozen_runs():
+    """Which takes leaves of 2 rows and bins of one: with the library's bins of three the edge is off by some runs."""
     pytest.importorskip("lightgbm")
     weight_NK, held_out_MK = dirichlet(3, 12, 0), dirichlet(3, 200, 1)
     model = fitted(SURROGATES["regmix_tuned"], weight_NK, (weight_NK[:, 1] > 0.3).astype(float))
-    assert spearmanr(model.predict(held_out_MK), held_out_MK[:, 1] > 0.3).statistic > 0.8
+    assert spearmanr(model.predict(held_out_MK), held_out_MK[:, 1] > 0.3).statistic > 0.95
 
 
 @pytest.mark.parametrize("name", ["regmix", "regmix_tuned"])
@@ -251,7 +256,7 @@ def test_a_quadratic_is_climbed_to_its_top():
 
 def test_a_corner_of_many_domains_is_found():
     """Draws that are uniform over the simplex of twelve domains never come near one."""
-    weight_NK = np.vstack([np.eye(12), dirichlet(12, 60, 0, 0.3)])
+    weight_NK = dirichlet(12, 60, 0, 0.3)
     slope_K = np.random.default_rng(0).normal(size=12)
     proposal_K = RIVALS["log_linear"](
         Evidence(weight_NK, -np.exp(-weight_NK @ slope_K)), Simplex.free("abcdefghijkl"), 0

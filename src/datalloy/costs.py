@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from datalloy import readers, scorers
-from datalloy.config import DataSource, Recipe
+from datalloy.config import DataSource, Mixture, Recipe
 from datalloy.errors import DataError
 from datalloy.progress import format_duration
 from datalloy.sample import Sample
+from datalloy.search import SLOPE_CALLS, auto_evaluations
 from datalloy.vlm import VLM, EncodeError
 
 log = logging.getLogger(__name__)
 
+CONFIRMING_EVALUATIONS = 2  # of the search where the metric is the loss, which its slopes tell already
 SAMPLED = 32  # samples that are encoded to learn how long samples are
 
 
@@ -90,9 +92,28 @@ def _stages(
     seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
     # an adapter saves the gradient of the weights, a third of a step, and is about a hundredth of its base on disk
     factor, disk = (4, 0.04 * base) if recipe.train.adapter == "lora" else (6, 4.0 * base)
-    yield StageCost("train", factor * base * tokens * seen, disk, f"{seen / batch:.0f} steps of {batch}")
+    training = factor * base * tokens * seen
+    if recipe.mixture is not None:
+        yield from _mixture_stages(recipe, recipe.mixture, seen, training, disk, 2 * base * tokens * targets)
+    yield StageCost("train", training, disk, f"{seen / batch:.0f} steps of {batch}")
     generated = recipe.evaluate.max_new_tokens
     yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
+
+
+def _mixture_stages(
+    recipe: Recipe, settings: Mixture, seen: float, training: float, disk: float, evaluation: float
+) -> Iterator[StageCost]:
+    """Operations: `training` on the `seen` samples of the final training, `evaluation` of all target items once."""
+    parts = len(recipe.domains) * (settings.buckets or 1)
+    share = (settings.expert_samples or seen) / seen
+    kept = 1 + len(settings.checkpoints)
+    yield StageCost("experts", parts * share * training, parts * kept * disk, f"{parts} experts")
+    asked = auto_evaluations(parts) if settings.evaluations == "auto" else settings.evaluations
+    evaluations = asked if settings.metric == "target" else CONFIRMING_EVALUATIONS
+    passes = evaluations + 3 * SLOPE_CALLS * kept
+    yield StageCost("mix", passes * evaluation, 0, f"{evaluations} evaluations of merged models, nothing written")
+    runs = settings.verify_runs
+    yield StageCost("verify", runs * (share * training + evaluation), runs * disk, f"{runs} real runs")
 
 
 def _measure(vlm: VLM, pool: list[Sample], recipe: Recipe) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datalloy.surrogates.gaussian_process import gaussian_process
+from datalloy.surrogates.gaussian_process import GaussianProcess
 from datalloy.surrogates.log_linear import LogLinear
 from datalloy.surrogates.ridge import linear, ridge_sqrt, scheffe
 from datalloy.surrogates.trees import RegMix, RegMixTuned
@@ -38,7 +38,7 @@ SURROGATES: dict[str, Callable[[], Surrogate]] = {
     "ridge_sqrt": ridge_sqrt,
     "scheffe": scheffe,
     "log_linear": LogLinear,
-    "gaussian_process": gaussian_process,
+    "gaussian_process": GaussianProcess,
     "regmix": RegMix,
     "regmix_tuned": RegMixTuned,
 }

@@ -29,7 +29,7 @@ SIZES = (1e-2, 1e3)
 class GaussianProcess:
     """A Gaussian process in whichever of `coordinates` makes the runs likelier."""
 
-    def __init__(self, coordinates: Sequence[Features]) -> None:
+    def __init__(self, coordinates: Sequence[Features] = (np.asarray, np.sqrt)) -> None:
         self._choices = tuple(coordinates)
 
     def fit(self, weight_NK: np.ndarray, value_N: np.ndarray, seed: int) -> None:
@@ -53,7 +53,3 @@ def _fitted(feature_NF: np.ndarray, value_N: np.ndarray, seed: int) -> "Gaussian
     with warnings.catch_warnings():  # a scale at its limit is an answer: no noise, or no effect
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(feature_NF, value_N)
-
-
-def gaussian_process() -> GaussianProcess:
-    return GaussianProcess([np.asarray, np.sqrt])

@@ -50,7 +50,7 @@ def _weights(weight_MK: np.ndarray) -> np.ndarray:
     return weight_MK
 
 
-def _scheffe(freedom: float) -> Features:
+def scheffe_features(freedom: float) -> Features:
     """Weights and products, both of unit size: the product of two weights of one half is scaled to one."""
 
     def features(weight_MK: np.ndarray) -> np.ndarray:
@@ -69,4 +69,4 @@ def ridge_sqrt() -> Ridge:
 
 
 def scheffe() -> Ridge:
-    return Ridge([_scheffe(freedom) for freedom in CORNER_FREEDOM])
+    return Ridge([scheffe_features(freedom) for freedom in CORNER_FREEDOM])
