@@ -137,7 +137,8 @@ def fit_quadratics(calls: Sequence[SlopeCall], focus_K: np.ndarray) -> Quadratic
     z_NZ = np.array([call.weight_K - focus_K for call in calls]) @ basis_KZ
     loss_NG = np.array([call.loss_G for call in calls])
     slope_NGZ = np.array([call.slope_GK @ basis_KZ for call in calls])
-    scale_G = np.maximum(np.linalg.norm(slope_NGZ, axis=2).max(axis=0), np.finfo(float).tiny)
+    steepest_G = np.linalg.norm(slope_NGZ, axis=2).max(axis=0)
+    scale_G = np.where(steepest_G > 0, steepest_G, 1.0)  # flat everywhere: any scale is as good
     feature_RP = np.vstack([_value_features(z_NZ), *(_slope_features(z_Z) for z_Z in z_NZ)])
     told_RG = np.vstack([loss_NG, *slope_NGZ.transpose(0, 2, 1)]) / scale_G
     tries = [
