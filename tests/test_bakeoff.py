@@ -14,12 +14,12 @@ RANDOM = Arm("random", 0.5, "domain")
 TAIL, LOW, LONG, DOT = (Arm(scorer, 0.5, "domain") for scorer in ("tail", "low_loss", "length", "first_order"))
 ARMS = [FULL, RANDOM, TAIL, LOW, LONG, DOT, Arm("tail", 0.3, "global"), Arm("tail", 0.7, "global")]
 V = 40
-HARD_V = np.random.default_rng(0).normal(3, 1, V)
+BASE_V = np.random.default_rng(0).normal(-3, 1, V)
 UNIFORM_V = np.full(V, 1 / V)
 
 
 class Track:
-    """Runs arms whose loss after n steps is the items' hardness minus gain * n, with noise of every item's own."""
+    """Runs arms whose value after n steps is the base's plus gain * n, with noise of every item's own."""
 
     def __init__(self, gains, noise=0.02):
         self.gains, self.noise, self.runs = gains, noise, []
@@ -27,11 +27,19 @@ class Track:
     def __call__(self, arm, steps, number):
         self.runs.append((arm, steps, number))
         rng = np.random.default_rng([zlib.crc32(arm.name.encode()), number])
-        return HARD_V - self.gains.get(arm, 0.0) * steps + rng.normal(0, self.noise, V)
+        return BASE_V + self.gains.get(arm, 0.0) * steps + rng.normal(0, self.noise, V)
 
 
 def run(track, arms=ARMS, budget_steps=400, longest_steps=1000, weight_V=UNIFORM_V, seed=0):
-    return race(arms, track, weight_V=weight_V, budget_steps=budget_steps, longest_steps=longest_steps, seed=seed)
+    return race(
+        arms,
+        track,
+        base_V=BASE_V,
+        weight_V=weight_V,
+        budget_steps=budget_steps,
+        longest_steps=longest_steps,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize("best", ARMS, ids=lambda arm: arm.name)
@@ -45,13 +53,21 @@ def test_keeping_everything_wins_when_selection_harms():
     assert all(margin.interval.low > 0 for margin in outcome.margins)
 
 
-def test_margins_tell_how_much_lower_the_winners_loss_is():
+def test_margins_tell_how_much_better_the_winner_does():
     outcome = run(Track({TAIL: 0.02, RANDOM: 0.01}, noise=0.0), budget_steps=230)  # the last round has 30 steps
     over_random, over_full = outcome.margins
     assert (over_random.over, over_full.over) == (RANDOM.name, "full")
     assert over_random.mean == pytest.approx(0.3)
     assert over_full.mean == pytest.approx(0.6)
     assert over_full.interval == pytest.approx((0.6, 0.6))  # the same for every item
+
+
+def test_the_winner_is_held_against_training_on_nothing():
+    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=230).over_base
+    assert (helped.over, helped.mean) == ("the base", pytest.approx(0.6))
+    harmed = run(Track(dict.fromkeys(ARMS, -0.02) | {TAIL: -0.01}))
+    assert harmed.winner == TAIL
+    assert harmed.over_base.interval.high < 0
 
 
 def test_margins_are_uncertain_where_items_disagree():
@@ -74,7 +90,7 @@ def test_items_count_by_their_weight():
     first_V[0] = 1
 
     def track(arm, steps, number):
-        return HARD_V - {TAIL: 2 * first_V, LOW: 1 - first_V}.get(arm, 0)
+        return BASE_V + {TAIL: 2 * first_V, LOW: 1 - first_V}.get(arm, 0)
 
     arms = [FULL, RANDOM, TAIL, LOW]
     assert run(track, arms).winner == LOW
@@ -126,18 +142,18 @@ def test_at_most_so_many_arms_go_on_beside_the_references():
 def test_an_early_leader_can_be_overtaken_in_the_last_round():
     def track(arm, steps, number):
         gain = {TAIL: (0.2, 0.3), LOW: (0.19, 0.5)}.get(arm, (0, 0))[number - 1]
-        return HARD_V - gain + np.random.default_rng(zlib.crc32(arm.name.encode())).normal(0, 0.3, V)
+        return BASE_V + gain + np.random.default_rng(zlib.crc32(arm.name.encode())).normal(0, 0.3, V)
 
     outcome = run(track)
     assert outcome.winner == LOW
 
 
-def test_every_run_is_reported_with_its_weighted_loss():
+def test_every_run_is_reported_with_its_weighted_value():
     track = Track({TAIL: 0.02})
     outcome = run(track)
     assert [(result.arm, result.steps, result.round) for result in outcome.results] == track.runs
     arm, steps, number = track.runs[-1]
-    assert outcome.results[-1].loss == pytest.approx(track(arm, steps, number).mean())
+    assert outcome.results[-1].value == pytest.approx(track(arm, steps, number).mean())
 
 
 @pytest.mark.parametrize("gains", [{TAIL: 0.02, LOW: 0.019}, {}], ids=["close", "all equal"])
@@ -172,9 +188,9 @@ def test_a_budget_pays_only_for_arms_that_there_are():
 
 def test_an_arm_that_breaks_the_model_stops_the_race_by_name():
     def track(arm, steps, number):
-        return np.full(V, np.nan) if arm == TAIL else HARD_V
+        return np.full(V, np.nan) if arm == TAIL else BASE_V
 
-    with pytest.raises(ModelError, match=f"arm '{TAIL.name}': 40 of 40 target items have no finite loss after"):
+    with pytest.raises(ModelError, match=f"arm '{TAIL.name}': 40 of 40 target items have no finite value after"):
         run(track)
 
 

@@ -106,6 +106,19 @@ def test_loss_is_reported_in_nats_without_generating(vlm, samples, encoded, monk
     assert evaluation.values_V == pytest.approx(answer_losses(vlm, encoded, batch_size=4), abs=1e-5)
 
 
+def test_answer_probability_is_that_of_the_whole_answer(vlm, samples, encoded, monkeypatch):
+    monkeypatch.setattr(type(vlm), "generate", lambda *_: pytest.fail("generated"))
+    evaluation = evaluate(vlm, samples, "answer_probability", SETTINGS)
+    with torch.no_grad():
+        logits = vlm.model(**encoded[3].inputs).logits[0, :-1]
+    targets = encoded[3].labels[0, 1:]
+    supervised = targets != -100
+    assert supervised.sum() > 1
+    probability = torch.softmax(logits, dim=-1)[supervised, targets[supervised]].prod()
+    assert evaluation.values_V[3] == pytest.approx(probability.item(), rel=1e-4)
+    assert evaluation.predictions == ()
+
+
 def test_chunks_do_not_change_the_order(vlm, samples, monkeypatch):
     whole = evaluate(vlm, samples, "exact_match", SETTINGS)
     monkeypatch.setattr("datalloy.evaluation.CHUNK_BATCHES", 1)
@@ -133,14 +146,19 @@ def test_loss_that_is_not_finite_is_an_error_with_the_sample(vlm, samples):
 # items for many candidates
 
 
-METRICS = {"scored": "loss", "matched": "exact_match", "likened": "anls"}
+METRICS = {"scored": "loss", "matched": "exact_match", "likened": "anls", "trusted": "answer_probability"}
 
 
 @pytest.fixture(scope="module")
 def targets(samples):
     """With questions that the model was not trained on, so that marks differ."""
     unseen = draw_samples(12, seed=1)
-    return {"scored": samples[:5], "matched": [*samples[5:7], unseen[7]], "likened": [*samples[8:10], *unseen[10:]]}
+    return {
+        "scored": samples[:5],
+        "matched": [*samples[5:7], unseen[7]],
+        "likened": [*samples[8:10], *unseen[10:]],
+        "trusted": [samples[7], *unseen[2:4]],
+    }
 
 
 @pytest.mark.parametrize("share_vision", [False, True])
@@ -169,14 +187,14 @@ def test_a_block_measures_its_own_items_alone(vlm, targets, monkeypatch):
     write = type(vlm).write_answers
     monkeypatch.setattr(type(vlm), "write_answers", lambda *a, **o: answered.extend(write(*a, **o)) or answered)
     items.values(vlm, 1)
-    assert len(answered) == ((items.block_V == 1) & (items.target_V > 0)).sum()
+    assert len(answered) == ((items.block_V == 1) & np.isin(items.target_V, (1, 2))).sum()
 
 
 def test_each_block_holds_items_of_every_target_in_even_parts(vlm, targets):
     items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=3)
-    counts_GB = np.zeros((3, 3), int)
+    counts_GB = np.zeros((4, 3), int)
     np.add.at(counts_GB, (items.target_V, items.block_V), 1)
-    assert np.sort(counts_GB).tolist() == [[1, 2, 2], [1, 1, 1], [1, 1, 2]]
+    assert np.sort(counts_GB).tolist() == [[1, 2, 2], [1, 1, 1], [1, 1, 2], [1, 1, 1]]
 
 
 def test_blocks_do_not_depend_on_the_order_of_the_samples(vlm, samples):
@@ -202,5 +220,5 @@ def test_a_candidate_whose_loss_is_not_finite_is_refused_with_the_sample(vlm, ta
     items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=1)
     broken = vlm.copy()
     broken.output_head().weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match="not finite on 5 of 12 samples, the first is drawn-0"):
+    with pytest.raises(ModelError, match="not finite on 8 of 15 samples, the first is drawn-0"):
         items.values(broken)

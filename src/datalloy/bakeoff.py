@@ -2,8 +2,12 @@
 
 No score is right everywhere: finite-step utility throws out harm but also hard samples that the target needs, low
 loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction x ranked within domains or globally)
-is trained for a few steps at equal compute and judged by the loss of the target items. Random and the full pool are
-always among the arms, and "keep everything" is a possible answer.
+is trained for a few steps at equal compute and judged on the target items, by what their metric asks for. Random and
+the full pool are always among the arms, and "keep everything" is a possible answer. The base is measured beside them:
+where every arm falls below it, the pool does harm, and that is said.
+
+Judged by the mean loss alone the race went wrong: a few items with a confident wrong answer decide it, and arms that
+make most answers better lose (docs/decisions.md).
 
 Two rounds: all arms run briefly; those that paired statistics do not rule out run again, from the start, three
 times as long. The two reference arms always reach the last round, so that the winner's margin over each is measured.
@@ -41,7 +45,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Margin:
-    """How much lower the winner's target loss is than another arm's, paired over items, nats per token."""
+    """How much better the winner does than another arm or the base, paired over items, in the unit of the values."""
 
     over: str
     mean: float
@@ -50,18 +54,19 @@ class Margin:
 
 @dataclass(frozen=True)
 class Result:
-    """One run of the race: weighted target loss after `steps` steps."""
+    """One run of the race: the weighted value of the target items after `steps` steps, higher is better."""
 
     arm: Arm
     round: int
     steps: int
-    loss: float
+    value: float
 
 
 @dataclass(frozen=True)
 class Outcome:
     winner: Arm
     margins: tuple[Margin, ...]
+    over_base: Margin
     results: tuple[Result, ...]
     steps_spent: int
 
@@ -84,6 +89,7 @@ def race(
     arms: Sequence[Arm],
     run_arm: Callable[[Arm, int, int], np.ndarray],
     *,
+    base_V: np.ndarray,
     weight_V: np.ndarray,
     budget_steps: int,
     longest_steps: int,
@@ -91,9 +97,10 @@ def race(
 ) -> Outcome:
     """Race the arms within `budget_steps` training steps in all, no run longer than `longest_steps`.
 
-    `run_arm(arm, steps, round)` trains the arm afresh and returns the loss of every target item, [V]. `weight_V`
-    sums to one. Raises RecipeError when the budget is too small to tell arms apart, ModelError when the losses after
-    a run are not finite. The order of `arms` does not matter: ties go by name.
+    `run_arm(arm, steps, round)` trains the arm afresh and returns the value of every target item, [V], higher is
+    better; `base_V` are those of the base, before any training. `weight_V` sums to one. Raises RecipeError when the
+    budget is too small to tell arms apart, ModelError when the values after a run are not finite. The order of `arms`
+    does not matter: ties go by name.
     """
     references = [arm for arm in arms if is_reference(arm)]
     runs = len(arms) + LAST_ROUND * min(len(references) + FINALISTS, len(arms))  # in units of the first round's steps
@@ -113,11 +120,12 @@ def race(
     winner, *others = _ranked(final, weight_V)
     return Outcome(
         winner=winner,
-        margins=tuple(_margin(arm, final[arm], final[winner], weight_V, seed) for arm in others),
+        margins=tuple(_margin(arm.name, final[arm], final[winner], weight_V, seed) for arm in others),
+        over_base=_margin("the base", base_V, final[winner], weight_V, seed),
         results=tuple(
-            Result(arm, number, length, float(loss_V @ weight_V))
-            for number, length, losses in ((1, steps, first), (2, LAST_ROUND * steps, final))
-            for arm, loss_V in losses.items()
+            Result(arm, number, length, float(value_V @ weight_V))
+            for number, length, values in ((1, steps, first), (2, LAST_ROUND * steps, final))
+            for arm, value_V in values.items()
         ),
         steps_spent=steps * len(first) + LAST_ROUND * steps * len(final),
     )
@@ -126,38 +134,38 @@ def race(
 def _run_all(
     arms: Sequence[Arm], run_arm: Callable[[Arm, int, int], np.ndarray], steps: int, number: int
 ) -> dict[Arm, np.ndarray]:
-    losses: dict[Arm, np.ndarray] = {}
+    values: dict[Arm, np.ndarray] = {}
     for arm in arms:
-        losses[arm] = run_arm(arm, steps, number)
-        if bad := int((~np.isfinite(losses[arm])).sum()):
+        values[arm] = run_arm(arm, steps, number)
+        if bad := int((~np.isfinite(values[arm])).sum()):
             raise ModelError(
-                f"bake-off arm {arm.name!r}: {bad} of {len(losses[arm])} target items have no finite loss after "
+                f"bake-off arm {arm.name!r}: {bad} of {len(values[arm])} target items have no finite value after "
                 f"{steps} steps; lower train.learning_rate"
             )
-    return losses
+    return values
 
 
-def _ranked(losses: dict[Arm, np.ndarray], weight_V: np.ndarray) -> list[Arm]:
+def _ranked(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> list[Arm]:
     """Best first."""
-    return sorted(losses, key=lambda arm: (float(losses[arm] @ weight_V), arm.name))
+    return sorted(values, key=lambda arm: (-float(values[arm] @ weight_V), arm.name))
 
 
-def _not_ruled_out(losses: dict[Arm, np.ndarray], weight_V: np.ndarray, seed: int) -> list[Arm]:
-    """Arms, best first, whose paired loss is not beyond its interval above that of the best arm."""
-    ranked = _ranked(losses, weight_V)
-    best = losses[ranked[0]]
+def _not_ruled_out(values: dict[Arm, np.ndarray], weight_V: np.ndarray, seed: int) -> list[Arm]:
+    """Arms, best first, whose paired value is not beyond its interval below that of the best arm."""
+    ranked = _ranked(values, weight_V)
+    best = values[ranked[0]]
     scale = weight_V * len(weight_V)
     return [
         arm
         for arm in ranked
         if paired_interval(
-            losses[arm] * scale, best * scale, confidence=RULED_OUT_CONFIDENCE, resamples=1000, seed=seed
+            best * scale, values[arm] * scale, confidence=RULED_OUT_CONFIDENCE, resamples=1000, seed=seed
         ).low
         <= 0
     ]
 
 
-def _margin(arm: Arm, loss_V: np.ndarray, winner_V: np.ndarray, weight_V: np.ndarray, seed: int) -> Margin:
+def _margin(over: str, value_V: np.ndarray, winner_V: np.ndarray, weight_V: np.ndarray, seed: int) -> Margin:
     scale = weight_V * len(weight_V)
-    interval = paired_interval(loss_V * scale, winner_V * scale, confidence=0.95, resamples=2000, seed=seed)
-    return Margin(arm.name, float((loss_V - winner_V) @ weight_V), interval)
+    interval = paired_interval(winner_V * scale, value_V * scale, confidence=0.95, resamples=2000, seed=seed)
+    return Margin(over, float((winner_V - value_V) @ weight_V), interval)

@@ -29,7 +29,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 Format = Literal["auto", "messages", "sharegpt", "llava", "parquet"]
-Metric = Literal["exact_match", "relaxed_accuracy", "option_letter", "anls", "loss"]
+Metric = Literal["exact_match", "relaxed_accuracy", "option_letter", "anls", "answer_probability", "loss"]
 ScorerName = Literal[
     "exact",
     "tail",

@@ -1,10 +1,11 @@
 """A model and questions with known answers in, a mark for every item and the mean with its interval out.
 
 Two ways to judge. Generation writes answers greedily and marks them with a metric; it is what users mean by quality,
-slow and coarse. The answer loss asks how probable the known answer was; one forward pass, and smooth enough to rank
-models that differ by little. Every stage that measures a model measures it here: `evaluate` one model, with intervals;
-`MetricItems` many candidates on the same items, which are decoded, laid out and, where the vision tower is shared,
-looked at only once.
+slow and coarse. Scoring asks how probable the known answer was, as a loss or as a probability; one forward pass, and
+smooth enough to rank models that differ by little. They can disagree: the mean loss hangs on the few items where the
+model is sure of another answer, the mean probability counts them as wrong and no more. Every stage that measures a
+model measures it here: `evaluate` one model, with intervals; `MetricItems` many candidates on the same items, which
+are decoded, laid out and, where the vision tower is shared, looked at only once.
 
 Results do not depend on the batch size up to rounding: losses within about 1e-5 nats in float32, and answers except
 where two tokens are equally probable to that precision. Batches are laid out the same way each time, so equal calls
@@ -27,6 +28,7 @@ from datalloy.uncertainty import Interval, bootstrap_interval
 from datalloy.vlm import VLM, Encoded, Prompts, VisionFeatures
 
 BOOTSTRAP_SEED = 0
+SCORED = ("loss", "answer_probability")  # metrics for which nothing is generated
 CHUNK_BATCHES = (
     8  # prepared at a time: sorting by length inside a chunk saves padding, pixels of all items would not fit
 )
@@ -37,7 +39,7 @@ class Evaluation:
     """A model's marks on one set, item by item in the order of the set.
 
     `values_V` is in [0, 1], higher is better; for the metric `loss` it is the answer loss in nats per token, lower is
-    better, and `predictions` is empty because nothing was generated.
+    better. For `loss` and `answer_probability` `predictions` is empty because nothing was generated.
     """
 
     metric: Metric
@@ -64,6 +66,11 @@ def answer_losses(vlm: VLM, encoded: Sequence[Encoded], *, batch_size: int) -> n
     return loss_V
 
 
+def answer_probabilities(loss_V: np.ndarray, encoded: Sequence[Encoded]) -> np.ndarray:
+    """Probability of each whole answer, [V] in [0, 1], from its loss per token. Tiny for answers of many words."""
+    return np.exp(-loss_V * np.array([item.supervised_tokens for item in encoded]))
+
+
 def evaluate(vlm: VLM, samples: Sequence[Sample], metric: Metric, settings: Evaluate) -> Evaluation:
     """The marks of `vlm` on `samples`; a sample's reference is the text of its last answer.
 
@@ -77,9 +84,10 @@ def evaluate(vlm: VLM, samples: Sequence[Sample], metric: Metric, settings: Eval
     size = CHUNK_BATCHES * settings.batch_size
     chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
     for chunk in track(chunks, f"evaluating {metric}", len(chunks)):
-        if metric == "loss":
+        if metric in SCORED:
             encoded = [vlm.encode(sample) for sample in chunk]
-            values.extend(answer_losses(vlm, encoded, batch_size=settings.batch_size))
+            loss_V = answer_losses(vlm, encoded, batch_size=settings.batch_size)
+            values.extend(loss_V if metric == "loss" else answer_probabilities(loss_V, encoded))
         else:
             written = vlm.generate(chunk, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
             values.extend(_mark(answer, sample, metric) for answer, sample in zip(written, chunk, strict=True))
@@ -139,6 +147,7 @@ class MetricItems:
         block_V = np.concatenate([_deal(group, blocks) for group in samples.values()])
         samples_V = tuple(sample for group in samples.values() for sample in group)
         metric_G = tuple(metrics[name] for name in samples)
+        is_scored_V = np.array([metric in SCORED for metric in metric_G])[target_V]
         is_loss_V = np.array([metric == "loss" for metric in metric_G])[target_V]
         return cls(
             names=tuple(samples),
@@ -150,8 +159,9 @@ class MetricItems:
                 _Block.lay_out(
                     vlm,
                     samples_V,
-                    scored_V=np.flatnonzero((block_V == block) & is_loss_V),
-                    written_V=np.flatnonzero((block_V == block) & ~is_loss_V),
+                    scored_V=np.flatnonzero((block_V == block) & is_scored_V),
+                    written_V=np.flatnonzero((block_V == block) & ~is_scored_V),
+                    is_loss_V=is_loss_V,
                     settings=settings,
                     share_vision=share_vision,
                 )
@@ -166,7 +176,7 @@ class MetricItems:
         """
         value_V = np.empty(len(self.target_V))
         for part in self._blocks if block is None else (self._blocks[block],):
-            value_V[part.scored_V] = -part.losses(vlm)
+            value_V[part.scored_V] = part.scores(vlm)
             for v, answer in zip(part.written_V.tolist(), part.answers(vlm), strict=True):
                 value_V[v] = _mark(answer, self.samples_V[v], self._metric_G[self.target_V[v]])
         shown_V = np.arange(len(value_V)) if block is None else np.flatnonzero(self.block_V == block)
@@ -180,6 +190,8 @@ class _Block:
 
     scored_V: np.ndarray
     written_V: np.ndarray
+    is_loss_S: np.ndarray  # of those that are scored; the others are judged by the answer's probability
+    encoded_S: tuple[Encoded, ...]
     items: TargetItems
     prompts: Prompts
     vision: VisionFeatures | None
@@ -193,22 +205,27 @@ class _Block:
         *,
         scored_V: np.ndarray,
         written_V: np.ndarray,
+        is_loss_V: np.ndarray,
         settings: Evaluate,
         share_vision: bool,
     ) -> "_Block":
-        encoded = {"loss": [vlm.encode(samples_V[v]) for v in scored_V]}
+        encoded = tuple(vlm.encode(samples_V[v]) for v in scored_V)
         size = settings.batch_size
+        groups = {"scored": encoded}
         return cls(
             scored_V=scored_V,
             written_V=written_V,
-            items=TargetItems.lay_out(vlm, encoded, {"loss": 1.0}, items_per_batch=size, share_vision=share_vision),
+            is_loss_S=is_loss_V[scored_V],
+            encoded_S=encoded,
+            items=TargetItems.lay_out(vlm, groups, {"scored": 1.0}, items_per_batch=size, share_vision=share_vision),
             prompts=vlm.lay_out_prompts([samples_V[v] for v in written_V], size),
             vision=VisionFeatures() if share_vision else None,
             max_new_tokens=settings.max_new_tokens,
         )
 
-    def losses(self, vlm: VLM) -> np.ndarray:
-        return self.items.losses(vlm)
+    def scores(self, vlm: VLM) -> np.ndarray:
+        loss_S = self.items.losses(vlm)
+        return np.where(self.is_loss_S, -loss_S, answer_probabilities(loss_S, self.encoded_S))
 
     def answers(self, vlm: VLM) -> list[str]:
         return vlm.write_answers(self.prompts, max_new_tokens=self.max_new_tokens, vision=self.vision)

@@ -4,8 +4,9 @@ Four metrics, each the published rule of the benchmarks that use it. All compare
 surrounding white space and a full stop at the end go, case is folded, runs of white space become one blank.
 Nothing else is repaired: a metric that guesses what the model meant rewards models for being vague.
 
-The fifth metric of a recipe, `loss`, has no entry in `METRICS`: it compares no texts. It is the answer loss in nats
-per token, measured by `evaluation`, and the only one of which less is better.
+Two metrics of a recipe have no entry in `METRICS`, because they compare no texts: `evaluation` asks how probable the
+known answer was. `answer_probability` is the probability of exactly that answer, which is the expected exact match
+of an answer drawn from the model; `loss` is in nats per token, and the only one of which less is better.
 """
 
 import re

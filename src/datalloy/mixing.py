@@ -444,7 +444,7 @@ class Mixing:
     def train_on(self, weight_K: np.ndarray) -> Path:
         """Really train on a mixture for as many steps as an expert; the folder. At a vertex, the expert itself."""
         if weight_K.max() == 1:
-            return self.run.path(f"experts/{self.names[int(weight_K.argmax())]}")
+            return self._expert(self.parts[int(weight_K.argmax())])
         total = self.steps * self.run.recipe.train.batch_size
         counts = largest_remainder(weight_K, total)
         unit = f"mixture/runs/{_key(counts)}"

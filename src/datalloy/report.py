@@ -108,8 +108,15 @@ def _recommendation(selection: Selection, pool: int) -> str:
         low, high = over_full["interval"]
         sure = "above zero" if low > 0 else "which does not rule out that keeping everything is as good"
         sentence += (
-            f" In short runs at equal compute its target loss was {over_full['mean']:.3f} nats per token lower "
-            f"than with the full pool (95 % interval {low:.3f} to {high:.3f}), {sure}."
+            f" In short runs at equal compute the targets came out {over_full['mean']:.3f} better than with the full "
+            f"pool (95 % interval {low:.3f} to {high:.3f}), {sure}."
+        )
+    if outcome and outcome["over_base"]["interval"][1] < 0:
+        low, high = outcome["over_base"]["interval"]
+        sentence += (
+            " But the base without any training is better still: against it they lost "
+            f"{-outcome['over_base']['mean']:.3f} (95 % interval {-high:.3f} to {-low:.3f}). "
+            "Consider not to train on this pool."
         )
     return sentence
 
@@ -136,13 +143,14 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
     if outcome is None:
         return "<p>The recipe fixed the score and the fraction; nothing was compared.</p>"
     rows = [
-        [_arm_name(r["arm"]), str(r["round"]), str(r["steps"]), f"{r['loss']:.4f}"]
-        for r in sorted(outcome["results"], key=lambda r: (-r["round"], r["loss"]))
+        [_arm_name(r["arm"]), str(r["round"]), str(r["steps"]), f"{r['value']:.4f}"]
+        for r in sorted(outcome["results"], key=lambda r: (-r["round"], -r["value"]))
     ]
     return (
-        "<p>Every way to select was trained for a few steps at equal compute and judged by the loss on target items. "
+        "<p>Every way to select was trained for a few steps at equal compute and judged on target items: by the "
+        "probability of the right answer, or where the target's metric is the loss by that, negated. "
         f"{outcome['steps_spent']} training steps were spent.</p>"
-        + _table(["selection", "round", "steps", "target loss (nats per token)"], rows, numeric=(1, 2, 3))
+        + _table(["selection", "round", "steps", "value on the targets"], rows, numeric=(1, 2, 3))
     )
 
 

@@ -61,10 +61,9 @@ def _select(folder: Path) -> Iterator[str]:
     arm = selection.metadata["arm"]
     yield f"chosen: {arm['scorer']}, fraction {arm['fraction']:g}, ranked within {arm['within']}"
     bakeoff = selection.metadata["bakeoff"]
-    for margin in bakeoff["margins"] if bakeoff else ():
+    for margin in [*bakeoff["margins"], bakeoff["over_base"]] if bakeoff else ():
         low, high = margin["interval"]
-        gain = f"{margin['mean']:.4f} [{low:.4f}, {high:.4f}] nats per token"
-        yield f"  target loss lower than {margin['over']} by {gain}"
+        yield f"  on the targets better than {margin['over']} by {margin['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
     for reason, count in selection.count_reasons().items():
         yield f"  {reason:<16} {count:>8}"
 

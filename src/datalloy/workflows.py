@@ -27,7 +27,7 @@ import numpy as np
 from datalloy import bakeoff, config, leakage, readers, scorers
 from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
-from datalloy.evaluation import Evaluation, evaluate
+from datalloy.evaluation import Evaluation, MetricItems, evaluate
 from datalloy.exporters import export_rows
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
@@ -454,23 +454,44 @@ class Workflow:
         # settings.within is the user's word for a fixed choice; the race tries both, unless a mixture is searched
         withins = ("domain",) if self.recipe.mixture else ("domain", "global")
         arms = bakeoff.make_arms(methods, fractions, withins)
-        judge = self._encode(self._proxy_base, self._target_items("judge"))
-        items = TargetItems.lay_out(
-            self._proxy_base, judge, {name: target.weight for name, target in self.recipe.targets.items()}
-        )
+        items = self._judge()
         batch = self.recipe.train.batch_size
         outcome = bakeoff.race(
             arms,
             lambda arm, steps, number: self._run_arm(arm, steps, number, items),
-            weight_V=items.item_weight_V,
+            base_V=items.values(self._proxy_base),
+            weight_V=self._item_weights(items),
             budget_steps=int(settings.bakeoff_epochs * len(self.pool) / batch),
             longest_steps=self._final_steps,
             seed=settings.seed,
         )
         write_json(self.run.path("bakeoff.json"), asdict(outcome))
+        if outcome.over_base.interval.high < 0:
+            log.warning(
+                "every way to train on this pool makes the targets worse than the untrained base in the short runs: "
+                "%+.3f [%+.3f, %+.3f] for the best of them. Consider not to train on it",
+                outcome.over_base.mean,
+                *outcome.over_base.interval,
+            )
         return outcome.winner, asdict(outcome)
 
-    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: TargetItems) -> np.ndarray:
+    def _judge(self) -> MetricItems:
+        """The target items that arms are judged on, by what their metrics ask for without writing answers.
+
+        Of a metric that marks answers, that is the probability of the right one: less coarse than a mark, and cheaper.
+        """
+        samples = self._target_items("judge")
+        metrics: dict[str, config.Metric] = {
+            name: "loss" if self.recipe.targets[name].metric == "loss" else "answer_probability" for name in samples
+        }
+        return MetricItems.lay_out(self._proxy_base, samples, metrics, self.recipe.evaluate, blocks=1)
+
+    def _item_weights(self, items: MetricItems) -> np.ndarray:
+        """Weight of each item in the weighted mean over targets of the mean over items, [V]; sums to one."""
+        weight_G = np.array([self.recipe.targets[name].weight for name in items.names])
+        return (weight_G / weight_G.sum() / np.bincount(items.target_V))[items.target_V]
+
+    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: MetricItems) -> np.ndarray:
         unit = f"bakeoff/{number}-{arm.name.replace(' ', '-').replace('%', '')}"
         if (done := self.run.finished(unit)) is None:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
@@ -482,8 +503,8 @@ class Workflow:
                 None,
                 steps=steps,
             )
-            done = self.run.commit(unit, [], {"steps": steps, "losses": items.losses(vlm).tolist()})
-        return np.array(done["losses"])
+            done = self.run.commit(unit, [], {"steps": steps, "values": items.values(vlm).tolist()})
+        return np.array(done["values"])
 
     def _kept_indices(self, selection: Selection) -> list[int]:
         index = {(s.domain, s.id): i for i, s in enumerate(self.pool)}

@@ -39,7 +39,7 @@ ARMS = {
 }
 OST, OST_FRACTION = "OST 50 %", 0.5
 REFERENCES = ("full SFT", "uniform mixture")
-GRID_PARTS = 4  # of the grid of mixtures that are all really trained: 15 for three domains, three of them the experts
+GRID_PARTS = 3  # of the grid of mixtures that are all really trained: 10 for three domains, three of them the experts
 RECIPE = """\
 # The demo's recipe: three drawn domains with faults, two targets. An ordinary recipe; edit and run it.
 name: demo
