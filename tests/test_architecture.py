@@ -23,6 +23,7 @@ LAYERS = (
     {"costs", "report", "summary", "workflows"},
     {"api", "tiny.demo"},
     {"cli"},
+    {"__main__"},
     {""},  # the package itself: names that are looked up when they are first used
 )
 FAMILIES = ("exporters", "readers", "scorers", "surrogates")  # folders whose modules import each other

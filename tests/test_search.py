@@ -79,7 +79,7 @@ def test_a_few_evaluations_find_a_nearly_best_mixture(domains):
     world = World(domains, 3, seed=1)
     found = find(world)
     assert world.regret(found.weight_K) < 0.5 < world.regret(np.full(domains, 1 / domains))
-    assert found.spent.evaluations <= auto_evaluations(domains)
+    assert found.evaluations <= auto_evaluations(domains)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -87,8 +87,8 @@ def test_twenty_domains_are_within_half_a_point_after_45_evaluations(seed):
     world = World(20, 6, seed)
     found = find(world, evaluations=45, seed=seed)
     assert world.regret(found.weight_K) < 0.5
-    assert found.spent.evaluations <= 45
-    assert found.spent.slope_calls <= 8
+    assert found.evaluations <= 45
+    assert found.slope_calls <= 8
 
 
 def test_evaluations_correct_a_loss_that_misleads():
@@ -100,7 +100,7 @@ def test_evaluations_correct_a_loss_that_misleads():
 def test_where_the_loss_is_the_metric_slopes_decide_and_two_evaluations_confirm():
     world = Losses(3, 3, seed=0)
     found = find(world, metric="loss")
-    assert found.spent.evaluations == 2
+    assert found.evaluations == 2
     assert [row.stage for row in found.rows].count("confirm") == 2
     confirmed = [row for row in found.rows if row.stage == "confirm" and np.array_equal(row.weight_K, found.weight_K)]
     assert np.allclose(confirmed[0].value_G, found.predict(found.weight_K[None])[0][0], atol=0.02)

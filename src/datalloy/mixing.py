@@ -19,7 +19,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,20 @@ class MergedModels:
 
     def slopes(self, weight_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Answer loss of each target at theta_w, [G] nats per token, and its slopes, [G, K]."""
-        unit = f"{self._unit}/slopes-{_key(weight_K)}"
-        if (done := self._run.finished(unit)) is None:
+
+        def measure() -> dict[str, Any]:
             loss_G, slope_GK = self._merge.slopes(weight_K, self._loss_items)
-            done = self._run.commit(unit, [], {"losses": loss_G.tolist(), "slopes": slope_GK.tolist()})
+            return {"losses": loss_G.tolist(), "slopes": slope_GK.tolist()}
+
+        done = self._run.once(f"{self._unit}/slopes-{_key(weight_K)}", measure)
         return np.array(done["losses"]), np.array(done["slopes"])
 
     def values(self, weight_K: np.ndarray, block: int) -> np.ndarray:
         """Values of the items of a block, higher is better: a loss comes negated."""
-        unit = f"{self._unit}/values-{_key(weight_K)}-{block}"
-        if (done := self._run.finished(unit)) is None:
-            values = self._items.values(self._merge.set(weight_K), block)
-            done = self._run.commit(unit, [], {"values": values.tolist()})
+        done = self._run.once(
+            f"{self._unit}/values-{_key(weight_K)}-{block}",
+            lambda: {"values": self._items.values(self._merge.set(weight_K), block).tolist()},
+        )
         return np.array(done["values"])
 
     def answer_log_probs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -113,14 +115,14 @@ class MergedModels:
 
         An item counts as in the loss: by its target's weight, per token of its answer.
         """
-        rows = []
-        for name, vertex_K in zip(self.names, np.eye(len(self.names)), strict=True):
-            unit = f"{self._unit}/losses-{name}"
-            if (done := self._run.finished(unit)) is None:
-                losses = self._loss_items.losses(self._merge.set(vertex_K))
-                done = self._run.commit(unit, [], {"losses": losses.tolist()})
-            rows.append(-np.array(done["losses"]) * self._tokens_V)
-        return np.array(rows), self._loss_items.item_weight_V / self._tokens_V
+        loss_KV = [
+            self._run.once(f"{self._unit}/losses-{name}", partial(self._expert_losses, k))["losses"]
+            for k, name in enumerate(self.names)
+        ]
+        return -np.array(loss_KV) * self._tokens_V, self._loss_items.item_weight_V / self._tokens_V
+
+    def _expert_losses(self, k: int) -> dict[str, Any]:
+        return {"losses": self._loss_items.losses(self._merge.set(np.eye(len(self.names))[k])).tolist()}
 
     def all_values(self, weight_K: np.ndarray) -> np.ndarray:
         """Values of all items, [V]."""
@@ -331,7 +333,7 @@ class Mixing:
                 "fraction": fraction,
                 "weights": self._named(stage.weight_K),
                 "moved": float(np.abs(stage.weight_K - stages[1.0].weight_K).sum() / 2),
-                "spearman": rank_agreement(score[fraction], score[1.0]),
+                "spearman": _alike(score[fraction], score[1.0]),
             }
             for fraction, stage in stages.items()
         ]
@@ -356,7 +358,7 @@ class Mixing:
         found = self.search()
         weight_NK = self._really_trained(found)
         trained = self._evidence(weight_NK)
-        calibration = self._calibrate(found, weight_NK)
+        calibration = _calibrated(found, trained)
         eligible_NK = np.array([weight_K for weight_K in weight_NK if self.simplex.contains(weight_K, FEASIBLE)])
         pick_K = self._best(calibration, eligible_NK) if self.settings.verify_runs else found.weight_K
         verdict = judge(
@@ -379,7 +381,7 @@ class Mixing:
             searched=self._named(pick_K),
             objective=self.settings.objective,
             metric=self.settings.metric,
-            spent=Spent(found.spent.slope_calls, math.ceil(found.spent.evaluations), runs),
+            spent=Spent(found.slope_calls, math.ceil(found.evaluations), runs),
         )
         advice.write(path)
         self.run.commit("mixture/verdict", [path])
@@ -390,7 +392,7 @@ class Mixing:
         """Weights of all mixtures that were really trained, the experts first."""
         weight_NK = np.eye(len(self.parts))
         for count in (min(FIRST_RUNS, self.settings.verify_runs), self.settings.verify_runs):
-            calibration = self._calibrate(found, weight_NK)
+            calibration = _calibrated(found, self._evidence(weight_NK))
             pick_K = found.weight_K
             if len(weight_NK) > len(self.parts):
                 calibrated_K = recommend(calibration, self.simplex, self.objective, seed=self.settings.seed)
@@ -408,10 +410,6 @@ class Mixing:
             )
             weight_NK = np.vstack([weight_NK, *(run.weight_K for run in planned)])
         return weight_NK
-
-    def _calibrate(self, found: Found, weight_NK: np.ndarray) -> Calibration:
-        trained = self._evidence(weight_NK)
-        return calibrate(found.predict, trained, interaction_scale(trained.merged_NG))
 
     def _evidence(self, weight_NK: np.ndarray) -> TrainedMixtures:
         return TrainedMixtures(
@@ -472,10 +470,12 @@ class Mixing:
 
     def _measure(self, unit: str, folder: Path | None) -> np.ndarray:
         """Values of the targets' items under a checkpoint, None being the base; recorded in the run."""
-        if (done := self.run.finished(unit)) is None:
+
+        def measure() -> dict[str, Any]:
             vlm = self.base if folder is None else VLM.load(str(folder), device=self.run.recipe.device)
-            done = self.run.commit(unit, [], {"values": self._items.values(vlm).tolist()})
-        return np.array(done["values"])
+            return {"values": self._items.values(vlm).tolist()}
+
+        return np.array(self.run.once(unit, measure)["values"])
 
     @cached_property
     def _items(self) -> MetricItems:
@@ -553,6 +553,10 @@ def lay_out_items(
     return MetricItems.lay_out(vlm, targets, metrics, run.recipe.evaluate, blocks=blocks, share_vision=share_vision)
 
 
+def _calibrated(found: Found, trained: TrainedMixtures) -> Calibration:
+    return calibrate(found.predict, trained, interaction_scale(trained.merged_NG))
+
+
 def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:
     """Samples by their content, the copies of one content numbered."""
     seen: Counter[str] = Counter()
@@ -565,6 +569,11 @@ def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:
 
 def _key(numbers: np.ndarray) -> str:
     return digest(np.asarray(numbers).tolist())[:16]
+
+
+def _alike(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    """Spearman's rank correlation; None where one side holds all mixtures for equal."""
+    return rank_agreement(a_N, b_N) if np.ptp(a_N) > 0 and np.ptp(b_N) > 0 else None
 
 
 def _after(fraction: float) -> str:

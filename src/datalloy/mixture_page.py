@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from datalloy.mixture import read_candidates
+from datalloy.uncertainty import correlation_in_words
 
 WIDTH, HEIGHT = 340, 300  # of a picture, in pixels
 CORNERS = np.array([[20.0, 270.0], [320.0, 270.0], [170.0, 20.0]])  # of the triangle
@@ -128,7 +129,7 @@ def _trust(folder: Path, mixture: dict[str, Any]) -> str:
     for kind in ("spearman", "spearman_without_vertices"):
         found = mixture["agreement"][kind]
         low, high = found["interval"]
-        value = "not defined" if found["value"] is None else f"{found['value']:.2f}"
+        value = correlation_in_words(found["value"])
         told = "without the experts themselves" if kind.endswith("vertices") else "experts included"
         lines.append(
             f"merged against really trained: rank agreement {value} [{low:.2f}, {high:.2f}] over "
@@ -145,6 +146,6 @@ def _trust(folder: Path, mixture: dict[str, Any]) -> str:
         if row["fraction"] < 1:
             lines.append(
                 f"experts at {row['fraction']:.0%} of their training would move {row['moved']:.0%} of the samples; "
-                f"rank agreement of merged losses {row['spearman']:.2f}"
+                f"rank agreement of merged losses {correlation_in_words(row['spearman'])}"
             )
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

@@ -30,7 +30,7 @@ POOLED_ITEMS = 20  # with so many items a mixture's own variance counts as much 
 
 
 class Measured(Protocol):
-    """What can be evaluated: `Candidates` of the search, as far as values go."""
+    """What mixtures can be raced on: items of targets, dealt to blocks that hold items of every target."""
 
     @property
     def targets(self) -> tuple[str, ...]: ...
@@ -38,7 +38,10 @@ class Measured(Protocol):
     def target_V(self) -> np.ndarray: ...
     @property
     def block_V(self) -> np.ndarray: ...
-    def values(self, weight_K: np.ndarray, block: int) -> np.ndarray: ...
+
+    def values(self, weight_K: np.ndarray, block: int) -> np.ndarray:
+        """Metric of the block's items, in the order of V; higher is better, a loss negated."""
+        ...
 
 
 class Evaluations:

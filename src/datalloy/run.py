@@ -18,7 +18,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +251,11 @@ class Run:
         }
         write_json(self._record(unit), {**record, "sha256": digest(record)})
         return record["data"]
+
+    def once(self, unit: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The data of a unit that leaves no files: as recorded, or measured now and recorded."""
+        done = self.finished(unit)
+        return self.commit(unit, [], measure()) if done is None else done
 
     def _record(self, unit: str) -> Path:
         return self.path(f"units/{unit.replace('/', '--')}.json")

@@ -25,7 +25,7 @@ import numpy as np
 from datalloy.objective import Objective, pareto_front
 from datalloy.optimum import best_mixture
 from datalloy.posterior import Draws, Posterior
-from datalloy.racing import Evaluations
+from datalloy.racing import Evaluations, Measured
 from datalloy.simplex import Simplex
 from datalloy.slope_stage import Quadratics, SlopeStage, follow_slopes
 
@@ -45,24 +45,14 @@ INNER_WEIGHT = 0.1  # a group with less is not split further
 TAIL = 0.025  # of the maximisers, on either side of a weight's interval
 
 
-class Candidates(Protocol):
+class Candidates(Measured, Protocol):
     """What a search may measure; merged models stand behind it, or anything else."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
-    @property
-    def targets(self) -> tuple[str, ...]: ...
-    @property
-    def target_V(self) -> np.ndarray: ...
-    @property
-    def block_V(self) -> np.ndarray: ...
 
     def slopes(self, weight_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Answer loss of each target [G], and its slopes [G, K]."""
-        ...
-
-    def values(self, weight_K: np.ndarray, block: int) -> np.ndarray:
-        """Metric of the block's items, in the order of V; higher is better, a loss negated."""
         ...
 
 
@@ -90,14 +80,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Calls for slopes, and evaluations in units of all items."""
-
-    slope_calls: int
-    evaluations: float
-
-
-@dataclass(frozen=True)
 class Found:
     """What a search found.
 
@@ -106,6 +88,7 @@ class Found:
         score: expected objective at `weight_K`; `regret`: what the best of all is expected to have above it.
         slope_error: how far the last slopes' losses were from those promised, see `SlopeStage`.
         front: rows of `rows` that no other beats for all targets.
+        slope_calls, evaluations: what was spent; evaluations in units of all items.
         belief: what is thought of all other mixtures.
     """
 
@@ -116,7 +99,8 @@ class Found:
     slope_error: float | None
     rows: tuple[Candidate, ...]
     front: tuple[int, ...]
-    spent: Spent
+    slope_calls: int
+    evaluations: float
     belief: Belief
 
     def predict(self, weight_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -410,7 +394,8 @@ def _found(
         slope_error=stage.error,
         rows=rows,
         front=tuple(np.flatnonzero(is_front_N).tolist()),
-        spent=Spent(len(stage.calls), told.spent),
+        slope_calls=len(stage.calls),
+        evaluations=told.spent,
         belief=belief,
     )
 

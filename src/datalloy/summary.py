@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from datalloy.uncertainty import correlation_in_words
+
 
 def summarise(verb: str, folder: Path) -> Iterator[str]:
     """Lines about what `verb` left in the folder, and only that."""
@@ -76,7 +78,7 @@ def _mix(folder: Path) -> Iterator[str]:
     for row in found["stability"]:
         yield (
             f"experts at {row['fraction']:.0%} of their training: {row['moved']:.0%} of the samples would be others, "
-            f"rank agreement of merged losses {row['spearman']:.2f}"
+            f"rank agreement of merged losses {correlation_in_words(row['spearman'])}"
         )
     mixmin = found["mixmin"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in mixmin["weights"].items() if share >= 0.005)
@@ -98,7 +100,7 @@ def _verify(folder: Path) -> Iterator[str]:
         told = f"{gain['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({gain['source']})"
         yield f"gain over {other.replace('_', ' ')} shares: {told}"
     agreement, spent = mixture["agreement"]["spearman"], mixture["spent"]
-    value = "not defined" if agreement["value"] is None else f"{agreement['value']:.2f}"
+    value = correlation_in_words(agreement["value"])
     low, high = agreement["interval"]
     yield f"merged against trained: Spearman {value} [{low:.2f}, {high:.2f}] over {agreement['mixtures']} mixtures"
     yield (

@@ -82,6 +82,11 @@ def rank_agreement(a_N: np.ndarray, b_N: np.ndarray) -> float:
     return float(_row_correlations(_ranks(a_N[None]), _ranks(b_N[None]))[0])
 
 
+def correlation_in_words(value: float | None) -> str:
+    """Two decimals, or that it is not defined."""
+    return "not defined" if value is None else f"{value:.2f}"
+
+
 def rank_agreement_interval(
     a_N: np.ndarray, b_N: np.ndarray, *, seed: int, confidence: float = 0.95, resamples: int = 1000
 ) -> Interval:

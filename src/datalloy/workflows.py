@@ -492,19 +492,15 @@ class Workflow:
         return (weight_G / weight_G.sum() / np.bincount(items.target_V))[items.target_V]
 
     def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: MetricItems) -> np.ndarray:
-        unit = f"bakeoff/{number}-{arm.name.replace(' ', '-').replace('%', '')}"
-        if (done := self.run.finished(unit)) is None:
+        def measure() -> dict[str, Any]:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
             vlm = self._proxy_base.copy()
-            train(
-                vlm,
-                self._encoded_pool.pick(self._kept_indices(self.selection_of(arm))),
-                self._train_settings(),
-                None,
-                steps=steps,
-            )
-            done = self.run.commit(unit, [], {"steps": steps, "values": items.values(vlm).tolist()})
-        return np.array(done["values"])
+            kept = self._encoded_pool.pick(self._kept_indices(self.selection_of(arm)))
+            train(vlm, kept, self._train_settings(), None, steps=steps)
+            return {"steps": steps, "values": items.values(vlm).tolist()}
+
+        unit = f"bakeoff/{number}-{arm.name.replace(' ', '-').replace('%', '')}"
+        return np.array(self.run.once(unit, measure)["values"])
 
     def _kept_indices(self, selection: Selection) -> list[int]:
         index = {(s.domain, s.id): i for i, s in enumerate(self.pool)}
