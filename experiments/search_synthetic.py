@@ -125,9 +125,9 @@ def run(domains: int, seed: int, shift: float) -> dict[str, Any]:
     objective = Objective("mean", np.full(TARGETS, 1 / TARGETS), np.zeros(TARGETS), np.full(TARGETS, np.inf))
     budget = auto_evaluations(domains)
     started = time.monotonic()
-    found = search(world, world.simplex, objective, metric="target", evaluations=budget, seed=seed)
+    found = search(world, world.simplex, objective, slopes_tell=False, evaluations=budget, seed=seed)
     seconds = time.monotonic() - started
-    slopes_alone = search(world, world.simplex, objective, metric="loss", evaluations=budget, seed=seed)
+    slopes_alone = search(world, world.simplex, objective, slopes_tell=True, evaluations=budget, seed=seed)
     drawn_NK = dirichlet(domains, budget, seed)
     best_drawn_K = max(drawn_NK, key=lambda weight_K: all_values(world, weight_K))
     return {

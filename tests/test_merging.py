@@ -161,6 +161,24 @@ def test_slopes_are_what_finite_differences_give(merge, items):
         assert slope_GK @ direction_K == pytest.approx(expected_G, rel=0.01, abs=2e-5)
 
 
+def test_slopes_of_a_target_judged_by_probability_are_those_of_the_probability(base, merge, targets):
+    name = list(targets)[1]
+    items = lay_out(base, targets, by_probability=[name])
+    tokens_V = np.array([item.supervised_tokens for item in targets[name]])
+    start_K, step = np.array([0.3, 0.3, 0.4]), 0.05
+
+    def probability(weight_K):
+        loss_V = items.losses(merge.set(weight_K))[items.target_V == 1]
+        return np.exp(-loss_V * tokens_V).mean()
+
+    risk_G, slope_GK = merge.slopes(start_K, items)
+    assert risk_G[1] == pytest.approx(-probability(start_K), rel=1e-4)
+    assert risk_G[0] == pytest.approx(items.losses(merge.set(start_K))[items.target_V == 0].mean(), abs=1e-6)
+    for direction_K in directions(3):
+        expected = (probability(start_K + step * direction_K) - probability(start_K - step * direction_K)) / (2 * step)
+        assert -slope_GK[1] @ direction_K == pytest.approx(expected, rel=0.03, abs=0.02 * -risk_G[1])
+
+
 def test_slopes_are_dot_products_of_the_gradient_with_each_experts_change(base, merge, changes, items):
     _, slope_GK = merge.slopes(UNIFORM, items)
     merged = dense_merge(base, changes, UNIFORM)

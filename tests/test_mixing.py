@@ -232,7 +232,7 @@ def test_guard_rails_and_weights_reach_the_objective(recipe_path, tmp_path):
         objective = Workflow(run).mixing.objective
     assert objective.weight_G.tolist() == [0.75, 0.25]
     assert objective.max_fall_G.tolist() == [0.1, np.inf]
-    assert (objective.base_G < 0).all()  # losses, negated
+    assert ((objective.base_G > 0) & (objective.base_G < 1)).all()  # probabilities of the right answers
 
 
 def test_copies_of_one_content_are_different_samples_of_a_mixture(recipe_path, tmp_path):

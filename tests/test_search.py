@@ -61,9 +61,9 @@ def wish(world, kind="mean", **changes):
     return replace(plain, **changes)
 
 
-def find(world, objective=None, *, simplex=None, metric="target", evaluations="auto", seed=0):
+def find(world, objective=None, *, simplex=None, slopes_tell=False, evaluations="auto", seed=0):
     simplex = simplex or Simplex.free(world.names)
-    return search(world, simplex, objective or wish(world), metric=metric, evaluations=evaluations, seed=seed)
+    return search(world, simplex, objective or wish(world), slopes_tell=slopes_tell, evaluations=evaluations, seed=seed)
 
 
 class Losses(World):
@@ -93,13 +93,13 @@ def test_twenty_domains_are_within_half_a_point_after_45_evaluations(seed):
 
 def test_evaluations_correct_a_loss_that_misleads():
     world = World(4, 3, seed=3, misled=True)
-    by_loss, found = find(world, metric="loss"), find(world, evaluations=25)
+    by_loss, found = find(world, slopes_tell=True), find(world, evaluations=25)
     assert world.regret(found.weight_K) < 0.5 * world.regret(by_loss.weight_K)
 
 
 def test_where_the_loss_is_the_metric_slopes_decide_and_two_evaluations_confirm():
     world = Losses(3, 3, seed=0)
-    found = find(world, metric="loss")
+    found = find(world, slopes_tell=True)
     assert found.evaluations == 2
     assert [row.stage for row in found.rows].count("confirm") == 2
     confirmed = [row for row in found.rows if row.stage == "confirm" and np.array_equal(row.weight_K, found.weight_K)]

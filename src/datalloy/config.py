@@ -192,8 +192,10 @@ class Mixture(Section):
         "mean",
         description="Over targets. weighted: by their weights. worst: the lowest. pareto: weighted, with the front.",
     )
-    metric: Literal["loss", "target"] = Field(
-        "loss", description="What is searched on: the loss of the targets' answers, or each target's own metric."
+    metric: Literal["probability", "loss", "target"] = Field(
+        "probability",
+        description="What is searched on. probability: of the targets' right answers (the loss, of a target whose "
+        "metric that is). loss: of the answers. target: each target's own metric, by writing answers.",
     )
     evaluations: Literal["auto"] | Count = Field(
         "auto", description="Merged models evaluated by the metric; auto: by the number of domains."

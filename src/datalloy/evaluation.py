@@ -71,6 +71,14 @@ def answer_probabilities(loss_V: np.ndarray, encoded: Sequence[Encoded]) -> np.n
     return np.exp(-loss_V * np.array([item.supervised_tokens for item in encoded]))
 
 
+def without_writing(metric: Metric) -> Metric:
+    """What judges in the place of a metric where answers are not to be written: cheaper, and less coarse than marks.
+
+    Of metrics that mark answers, the probability of the right one.
+    """
+    return metric if metric in SCORED else "answer_probability"
+
+
 def evaluate(vlm: VLM, samples: Sequence[Sample], metric: Metric, settings: Evaluate) -> Evaluation:
     """The marks of `vlm` on `samples`; a sample's reference is the text of its last answer.
 

@@ -55,9 +55,10 @@ class Merge(Protocol):
         ...
 
     def slopes(self, weight_K: np.ndarray, items: TargetItems) -> tuple[np.ndarray, np.ndarray]:
-        """Mean loss of each target at theta_w, [G] nats per token, and its slope along every tau_k, [G, K].
+        """Mean risk of each target at theta_w, [G], and its slope along every tau_k, [G, K].
 
-        `vlm` is theta_w afterwards. On the simplex only differences of slopes count.
+        The risk is the loss, in nats per token, or what `items` says. `vlm` is theta_w afterwards. On the simplex only
+        differences of slopes count.
         """
         ...
 
@@ -221,7 +222,7 @@ class _AdapterMerge:
             rows = len(positions) if self._has_slopes_of_items else 1
             weight_NK = torch.zeros(rows, len(self.names), device=self.vlm.device, requires_grad=True)
             with self._watching(weight_NK):
-                loss_B = items.batch_losses(self.vlm, index)
+                loss_B = items.batch_risks(self.vlm, index)
             sums.add_losses(positions, loss_B)
             if not loss_B.requires_grad:
                 continue  # adapters of the vision tower and a batch without pictures
@@ -334,7 +335,7 @@ class _CheckpointMerge:
         self.set(weight_K)
         sums = _TargetSums(items, len(self.names))
         for index, (positions, _) in enumerate(items.batches):
-            loss_B = items.batch_losses(self.vlm, index)
+            loss_B = items.batch_risks(self.vlm, index)
             sums.add_losses(positions, loss_B)
             if not loss_B.requires_grad:
                 continue

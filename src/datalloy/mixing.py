@@ -37,7 +37,7 @@ from datalloy.calibration import (
 )
 from datalloy.checkpoints import merge_checkpoints
 from datalloy.encoding import EncodedSamples
-from datalloy.evaluation import MetricItems, answer_losses
+from datalloy.evaluation import MetricItems, answer_losses, without_writing
 from datalloy.mergeability import Expert, diagnose
 from datalloy.merging import Merge, open_merge
 from datalloy.mixture import Mixture, Spent, materialise, plan_shares, write_candidates
@@ -86,14 +86,22 @@ class MergedModels:
         recipe, shared = run.recipe, merge.vision_is_shared
         encoded = {n: EncodedSamples(merge.vlm, s, max_tokens=recipe.train.max_tokens) for n, s in targets.items()}
         even = dict.fromkeys(targets, 1.0)
-        self._loss_items = TargetItems.lay_out(merge.vlm, encoded, even, share_vision=shared, targets_apart=True)
+        metrics = metrics_of(run.recipe, metric)
+        self._loss_items = TargetItems.lay_out(
+            merge.vlm,
+            encoded,
+            even,
+            share_vision=shared,
+            targets_apart=True,
+            by_probability=[name for name in targets if metrics[name] != "loss"],
+        )
         self._tokens_V = np.array([item.supervised_tokens for group in encoded.values() for item in group])
         self._items = lay_out_items(merge.vlm, run, targets, metric, share_vision=shared)
         self.names, self.targets = merge.names, tuple(targets)
         self.target_V, self.block_V = self._items.target_V, self._items.block_V
 
     def slopes(self, weight_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Answer loss of each target at theta_w, [G] nats per token, and its slopes, [G, K]."""
+        """Risk of each target at theta_w, [G], and its slopes, [G, K]: the answer loss, or the probability, negated."""
 
         def measure() -> dict[str, Any]:
             loss_G, slope_GK = self._merge.slopes(weight_K, self._loss_items)
@@ -283,7 +291,7 @@ class Mixing:
             self.merged,
             self.simplex,
             self.objective,
-            metric=self.settings.metric,
+            slopes_tell=self.settings.metric != "target",
             evaluations=self.settings.evaluations,
             seed=self.settings.seed,
         )
@@ -544,11 +552,19 @@ class Mixing:
         return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
 
 
+def metrics_of(recipe: config.Recipe, metric: str) -> dict[str, config.Metric]:
+    """What the items of each target are judged by, where a search is on `metric` of the mixture section."""
+    if metric == "loss":
+        return dict.fromkeys(recipe.targets, "loss")
+    own: dict[str, config.Metric] = {name: target.metric for name, target in recipe.targets.items()}
+    return own if metric == "target" else {name: without_writing(m) for name, m in own.items()}
+
+
 def lay_out_items(
     vlm: VLM, run: Run, targets: Mapping[str, Sequence[Sample]], metric: str, *, share_vision: bool
 ) -> MetricItems:
-    """The targets' items in blocks, judged by their loss or each by its target's own metric."""
-    metrics = {name: run.recipe.targets[name].metric if metric == "target" else "loss" for name in targets}
+    """The targets' items in blocks, judged as `metrics_of` says."""
+    metrics = metrics_of(run.recipe, metric)
     blocks = min(BLOCKS, min(len(items) for items in targets.values()))
     return MetricItems.lay_out(vlm, targets, metrics, run.recipe.evaluate, blocks=blocks, share_vision=share_vision)
 

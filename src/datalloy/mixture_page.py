@@ -64,7 +64,7 @@ def _search(folder: Path, mixture: dict[str, Any]) -> str:
     spent = mixture["spent"]
     text = (
         f"<p>{len(names)} experts were trained, one a domain. Their merges stood in for mixtures: "
-        f"{spent['slope_calls']} times the slopes of the loss in all weights, {spent['evaluations']} evaluations, none "
+        f"{spent['slope_calls']} times the slopes in all weights, {spent['evaluations']} evaluations, none "
         f"of them written to disk. {spent['runs']} mixtures were then really trained.</p>"
     )
     score_N = np.array([row.value_G.mean() for row in rows])
@@ -146,6 +146,6 @@ def _trust(folder: Path, mixture: dict[str, Any]) -> str:
         if row["fraction"] < 1:
             lines.append(
                 f"experts at {row['fraction']:.0%} of their training would move {row['moved']:.0%} of the samples; "
-                f"rank agreement of merged losses {correlation_in_words(row['spearman'])}"
+                f"rank agreement of the slopes' surfaces {correlation_in_words(row['spearman'])}"
             )
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"

@@ -52,7 +52,7 @@ class Candidates(Measured, Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def slopes(self, weight_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Answer loss of each target [G], and its slopes [G, K]."""
+        """What each target wants lowered, [G], such as its answer loss, and its slopes [G, K]."""
         ...
 
 
@@ -115,22 +115,22 @@ def search(
     simplex: Simplex,
     objective: Objective,
     *,
-    metric: Literal["loss", "target"],
+    slopes_tell: bool,
     evaluations: Literal["auto"] | int,
     seed: int,
 ) -> Found:
     """Find the feasible mixture with the best expected objective.
 
     Args:
-        metric: `loss` where `values` are the negated answer losses whose slopes are told, `target` for anything else.
+        slopes_tell: the values are the negated risks whose slopes are told; False where they are anything else.
         evaluations: of the metric, at most, in units of all items; auto: `auto_evaluations`.
 
     Raises ModelError where an answer is not finite.
     """
-    wanted = objective if metric == "loss" else _without_rails(objective)
+    wanted = objective if slopes_tell else _without_rails(objective)
     stage = follow_slopes(candidates.slopes, simplex, wanted, calls=SLOPE_CALLS, tolerance=SLOPE_TOLERANCE)
     told = Evaluations(candidates)
-    if metric == "loss":
+    if slopes_tell:
         return _confirm(candidates, told, simplex, objective, stage, seed)
     budget = auto_evaluations(len(simplex.names)) if evaluations == "auto" else evaluations
     hunt = _Hunt(told, simplex, objective, stage, budget, seed)

@@ -78,7 +78,7 @@ def _mix(folder: Path) -> Iterator[str]:
     for row in found["stability"]:
         yield (
             f"experts at {row['fraction']:.0%} of their training: {row['moved']:.0%} of the samples would be others, "
-            f"rank agreement of merged losses {correlation_in_words(row['spearman'])}"
+            f"rank agreement of the slopes' surfaces {correlation_in_words(row['spearman'])}"
         )
     mixmin = found["mixmin"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in mixmin["weights"].items() if share >= 0.005)

@@ -5,7 +5,7 @@ loss after a step are computed with the same padding and their rounding cancels.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datalloy.vlm import VLM, Encoded, VisionFeatures
+from datalloy.vlm import IGNORED, VLM, Encoded, VisionFeatures
 
 # Part of the layout, hence of the result's last bits: a constant, not a setting.
 ITEMS_PER_BATCH = 64
@@ -35,7 +35,8 @@ class TargetItems:
     """The items of all targets in one fixed layout.
 
     `weight_G` sums to one; `target_V` is the index of each item's target. `batches` holds, for each batch, the
-    positions of its items in V and the collated tensors. With `vision`, what the vision tower sees is computed once for
+    positions of its items in V and the collated tensors. `by_probability_G` says of which targets the risk is not the
+    loss but the probability of the answer, negated. With `vision`, what the vision tower sees is computed once for
     all models that are measured: for those that share its weights, and gradients do not reach it.
     """
 
@@ -43,6 +44,7 @@ class TargetItems:
     weight_G: np.ndarray
     target_V: np.ndarray
     batches: tuple[tuple[np.ndarray, dict[str, Tensor]], ...]
+    by_probability_G: np.ndarray
     vision: VisionFeatures | None = None
 
     @classmethod
@@ -55,6 +57,7 @@ class TargetItems:
         items_per_batch: int = ITEMS_PER_BATCH,
         share_vision: bool = False,
         targets_apart: bool = False,
+        by_probability: Collection[str] = (),
     ) -> "TargetItems":
         """Lay out the encoded items of each target. `share_vision`: all models measured have one vision tower.
 
@@ -72,6 +75,7 @@ class TargetItems:
             weight_G=weight_G / weight_G.sum(),
             target_V=target_V,
             batches=tuple((np.array(chunk), vlm.collate([items[v] for v in chunk])) for chunk in chunks),
+            by_probability_G=np.array([name in by_probability for name in encoded]),
             vision=VisionFeatures() if share_vision else None,
         )
 
@@ -95,6 +99,14 @@ class TargetItems:
         """Losses of the items of one batch, in its order, differentiable."""
         with self.vision.reuse(vlm, index) if self.vision else contextlib.nullcontext():
             return vlm.losses(self.batches[index][1])
+
+    def batch_risks(self, vlm: VLM, index: int) -> Tensor:
+        """What is to be lowered for the items of one batch: their losses, or their answers' probabilities, negated."""
+        loss_B = self.batch_losses(vlm, index)
+        positions, batch = self.batches[index]
+        by_probability_B = torch.as_tensor(self.by_probability_G[self.target_V[positions]], device=vlm.device)
+        tokens_B = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+        return torch.where(by_probability_B, -torch.exp(-loss_B * tokens_B), loss_B)
 
     def losses(self, vlm: VLM) -> np.ndarray:
         """Loss of every item under the model as it is now, [V], nats per token."""

@@ -19,7 +19,7 @@ domains:
   second: {path: data/second.jsonl}
 
 # What you want to get better at: named validation sets, about 100 items each, not in the pool.
-# metric: exact_match | relaxed_accuracy | option_letter | anls | loss
+# metric: exact_match | relaxed_accuracy | option_letter | anls | answer_probability | loss
 targets:
   goal: {path: data/goal.jsonl, metric: exact_match}
 
@@ -50,8 +50,8 @@ train:
 # What share of training each domain gets. One expert a domain is trained, merged models are searched, and a few
 # mixtures are really trained to check the advice. Costs one training run a domain and `verify_runs` more. Needs two
 # domains, or `buckets: 3`, which mixes parts of each domain by score.
-# objective: mean | weighted | worst | pareto. metric: loss (of the targets' answers) | target (each target's own)
-# mixture: {objective: mean, metric: loss, verify_runs: 3}
+# objective: mean | weighted | worst | pareto. metric: probability (of right answers) | loss | target (writes answers)
+# mixture: {objective: mean, metric: probability, verify_runs: 3}
 
 # How answers are generated and judged; the intervals are bootstraps over items.
 evaluate:

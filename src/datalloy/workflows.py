@@ -27,7 +27,7 @@ import numpy as np
 from datalloy import bakeoff, config, leakage, readers, scorers
 from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
-from datalloy.evaluation import Evaluation, MetricItems, evaluate
+from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
 from datalloy.exporters import export_rows
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
@@ -476,14 +476,9 @@ class Workflow:
         return outcome.winner, asdict(outcome)
 
     def _judge(self) -> MetricItems:
-        """The target items that arms are judged on, by what their metrics ask for without writing answers.
-
-        Of a metric that marks answers, that is the probability of the right one: less coarse than a mark, and cheaper.
-        """
+        """The target items that arms are judged on, by what their metrics ask for without writing answers."""
         samples = self._target_items("judge")
-        metrics: dict[str, config.Metric] = {
-            name: "loss" if self.recipe.targets[name].metric == "loss" else "answer_probability" for name in samples
-        }
+        metrics = {name: without_writing(self.recipe.targets[name].metric) for name in samples}
         return MetricItems.lay_out(self._proxy_base, samples, metrics, self.recipe.evaluate, blocks=1)
 
     def _item_weights(self, items: MetricItems) -> np.ndarray:
