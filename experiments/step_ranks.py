@@ -22,9 +22,10 @@ from sklearn.metrics import roc_auc_score
 
 from datalloy.config import load_recipe
 from datalloy.run import Run, write_json
-from datalloy.scorers.one_step import OneStepScorer, exact_scorer
+from datalloy.scorers.one_step import ExactScorer, OneStepScorer
 from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
-from datalloy.scorers.tail import TailReplay, tail_scorer
+from datalloy.scorers.tail import TailScorer
+from datalloy.scorers.taps import Taps
 from datalloy.tiny.demo import PLAN, RECIPE
 from datalloy.tiny.pools import read_truth, write_pool
 from datalloy.workflows import Workflow
@@ -36,10 +37,11 @@ EVERY = 6  # of the pool
 def make_scorer(method: str, workflow: Workflow) -> OneStepScorer:
     inputs, rule = workflow._scoring_inputs, StepRule("sgd")
     if method == "tail":
-        replay = TailReplay(inputs.vlm, inputs.items, 1)
-        return tail_scorer(inputs.vlm, replay, Steppable(replay.parameters()), rule=rule, step=0.0)
+        check = next(item for group in inputs.targets.values() for item in group)
+        taps = Taps(inputs.vlm, 1)
+        return TailScorer(inputs.vlm, inputs.items, taps, check=check, rule=rule, step=0.0, batch_size=16)
     parameters = scoped_parameters(inputs.vlm, "full", freeze_vision=False)
-    return exact_scorer(inputs.vlm, inputs.items, Steppable(parameters), rule=rule, step=0.0)
+    return ExactScorer(inputs.vlm, inputs.items, Steppable(parameters), rule=rule, step=0.0)
 
 
 def measure(workflow: Workflow, truth: dict, seed: int) -> list[dict]:
@@ -51,7 +53,7 @@ def measure(workflow: Workflow, truth: dict, seed: int) -> list[dict]:
     clean_N = np.isin(fault_N, ("clean", "near_copy"))
     for method, steps in STEPS.items():
         scorer = make_scorer(method, workflow)
-        fall_NSV = np.array([scorer.score_at_steps(workflow._encoded_pool[i], steps)[1] for i in indices])
+        _, fall_NSV = scorer.falls([workflow._encoded_pool[i] for i in indices], steps)
         utility_NS = fall_NSV @ scorer.items.item_weight_V
         target_loss = scorer.before_V @ scorer.items.item_weight_V
         for s, step in enumerate(steps):

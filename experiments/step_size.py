@@ -23,9 +23,10 @@ from datalloy import scorers
 from datalloy.config import load_recipe
 from datalloy.evaluation import answer_losses, evaluate
 from datalloy.run import Run, write_json
-from datalloy.scorers.one_step import exact_scorer
+from datalloy.scorers.one_step import ExactScorer
 from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
-from datalloy.scorers.tail import TailReplay, tail_scorer
+from datalloy.scorers.tail import TailScorer
+from datalloy.scorers.taps import Taps
 from datalloy.tiny.demo import PLAN, RECIPE
 from datalloy.tiny.pools import read_truth, write_pool
 from datalloy.training import train
@@ -71,15 +72,16 @@ def measure(workflow: Workflow, truth: dict, seed: int, methods: list[str], base
     for method in methods:
         multiples = MULTIPLES[method]
         if method == "tail":
-            replay = TailReplay(inputs.vlm, inputs.items, 1)
-            scorer = tail_scorer(inputs.vlm, replay, Steppable(replay.parameters()), rule=StepRule("sgd"), step=0.0)
+            taps, check = Taps(inputs.vlm, 1), encoded[0]
+            rule = StepRule("sgd")
+            scorer = TailScorer(inputs.vlm, inputs.items, taps, check=check, rule=rule, step=0.0, batch_size=16)
         else:
             parameters = scoped_parameters(inputs.vlm, "full", freeze_vision=False)
-            scorer = exact_scorer(inputs.vlm, inputs.items, Steppable(parameters), rule=StepRule("sgd"), step=0.0)
-        polyak = float(np.median([scorer.polyak_step(encoded[i]) for i in range(0, len(pool), 10)]))
+            scorer = ExactScorer(inputs.vlm, inputs.items, Steppable(parameters), rule=StepRule("sgd"), step=0.0)
+        polyak = float(np.median(scorer.polyak_steps([encoded[i] for i in range(0, len(pool), 10)])))
         polyaks[method] = polyak
         steps = [m * polyak for m in multiples]
-        falls = [scorer.score_at_steps(encoded[i], steps)[1] @ inputs.items.item_weight_V for i in range(len(pool))]
+        falls = [scorer.falls([encoded[i]], steps)[1][0] @ inputs.items.item_weight_V for i in range(len(pool))]
         target_loss = scorer.before_V @ inputs.items.item_weight_V
         for s, multiple in enumerate(multiples):
             effects[(method, multiple)] = float(np.median(np.abs(np.array(falls)[:, s])) / target_loss)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datalloy.scorers.one_step import OneStepScorer, exact_scorer
+from datalloy.scorers.one_step import ExactScorer, OneStepScorer
 from datalloy.scorers.step import Steppable, StepRule
 from datalloy.target_items import TargetItems
 
@@ -41,4 +41,4 @@ class Quadratic:
         """Exact utility for targets of equal weight."""
         named = {str(g): points for g, points in enumerate(targets)}
         items = TargetItems.lay_out(self, named, dict.fromkeys(named, 1.0))
-        return exact_scorer(self, items, Steppable([self.weight]), rule=rule, step=step)
+        return ExactScorer(self, items, Steppable([self.weight]), rule=rule, step=step)

@@ -6,6 +6,7 @@ import pytest
 from datalloy.errors import AgreementError
 from datalloy.scorers import ScoreBlock
 from datalloy.scorers.calibrated import MIN_PROBES, CalibratedScorer
+from datalloy.scorers.step import StepRule
 from datalloy.scorers.taps import Taps
 from datalloy.uncertainty import rank_agreement
 
@@ -20,7 +21,7 @@ def probes(drawn):
 @pytest.fixture(scope="module")
 def norm_N(proxy, probes):
     """Norms of the gradients, about 1."""
-    norm_N = np.sqrt(Taps(proxy).measure(probes, [], batch_size=8).squared_norm_N)
+    norm_N = np.sqrt(Taps(proxy).measure_all(probes, [], batch_size=8).squared_norm_N)
     return norm_N / norm_N.mean()
 
 
@@ -50,6 +51,9 @@ def fit(proxy, items, targets, probes):
             list(targets.values()),
             probes[:count],
             ScoreBlock(*(column[:count] for column in columns)),
+            replayed=None,
+            rule=StepRule("sgd"),
+            step=0.04,
             batch_size=8,
             min_agreement=min_agreement,
             seed=0,
@@ -87,6 +91,9 @@ def test_agreement_is_that_of_the_weighted_utility(proxy, items, targets, probes
         list(targets.values()),
         probes,
         block_of(utility_NG, lopsided.weight_G),
+        replayed=None,
+        rule=StepRule("sgd"),
+        step=0.04,
         batch_size=8,
         min_agreement=0.6,
         seed=0,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datalloy.errors import ModelError
-from datalloy.scorers.one_step import exact_scorer
+from datalloy.scorers.one_step import ExactScorer
 from datalloy.scorers.step import Steppable, StepRule, inner, root_second_moments
 from datalloy.target_items import TargetItems
 from quadratic import Point, Quadratic
@@ -67,13 +67,13 @@ def test_at_small_steps_utility_is_linear_and_then_quadratic_in_the_step():
     # g = -2, G = -1, H = 1: utility = 2 eta - 2 eta^2
     scorer = Quadratic(0.0).scorer([Point((1.0,), 1.0)])
     steps = np.array([1 / 64, 1 / 8, 1 / 2, 2])
-    _, fall_SV = scorer.score_at_steps(Point((1.0,), 2.0), steps)
+    fall_SV = scorer.falls([Point((1.0,), 2.0)], steps)[1][0]
     assert fall_SV[:, 0] == pytest.approx(2 * steps - 2 * steps**2, rel=1e-5)
 
 
 def test_the_polyak_step_brings_the_loss_to_zero_to_first_order():
     # loss r^2 / 2, squared gradient r^2 |x|^2
-    assert Quadratic(0.0, 0.0).scorer([Point((1.0, 0.0), 1.0)]).polyak_step(Point((1.0, 2.0), 7.0)) == pytest.approx(
+    assert Quadratic(0.0, 0.0).scorer([Point((1.0, 0.0), 1.0)]).polyak_steps([Point((1.0, 2.0), 7.0)]) == pytest.approx(
         0.1
     )
 
@@ -86,7 +86,7 @@ def test_a_sample_without_gradient_has_utility_zero(rule):
     scorer = Quadratic(0.0, 0.0).scorer([Point((1.0, 0.0), 1.0)], rule=rule)
     learnt = Point((1.0, 1.0), 0.0)
     assert scorer.score([learnt]).utility_N[0] == 0
-    assert scorer.polyak_step(learnt) == np.inf
+    assert scorer.polyak_steps([learnt]) == np.inf
 
 
 def test_a_sample_without_finite_loss_is_marked_and_leaves_no_trace():
@@ -162,7 +162,7 @@ ROUNDING = {"abs": 2e-6}
 
 @pytest.mark.parametrize("step", [0.01, 0.3])
 def test_exact_utility_is_what_a_real_sgd_step_does(step, proxy, items, pool, parameters):
-    scorer = exact_scorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=step)
+    scorer = ExactScorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=step)
     fall_V = fall_after(lambda p: torch.optim.SGD(p, lr=step).step(), proxy, items, pool[0])
     assert np.abs(fall_V).max() > 0.01
     assert scorer.score(pool[:1]).fall_NV[0] == pytest.approx(fall_V, **ROUNDING)
@@ -173,7 +173,7 @@ def test_exact_utility_under_unit_norm_is_what_a_real_normalised_step_does(proxy
         torch.nn.utils.clip_grad_norm_(parameters, 1e-3)  # far below any norm here, so all are scaled to it
         torch.optim.SGD(parameters, lr=0.2 / 1e-3).step()
 
-    scorer = exact_scorer(proxy, items, Steppable(parameters), rule=StepRule("unit_norm"), step=0.2)
+    scorer = ExactScorer(proxy, items, Steppable(parameters), rule=StepRule("unit_norm"), step=0.2)
     fall_V = fall_after(optimise, proxy, items, pool[0])
     assert np.abs(fall_V).max() > 0.01
     # torch adds 1e-6 to the norm, which here is about 2
@@ -194,21 +194,21 @@ def test_exact_utility_under_adamw_is_what_a_real_adamw_step_does(proxy, items, 
                 optimizer.state[parameter] = state
         optimizer.step()
 
-    scorer = exact_scorer(proxy, items, Steppable(parameters), rule=StepRule("adamw", roots), step=1e-3)
+    scorer = ExactScorer(proxy, items, Steppable(parameters), rule=StepRule("adamw", roots), step=1e-3)
     fall_V = fall_after(optimise, proxy, items, pool[0])
     assert np.abs(fall_V).max() > 0.01
     assert scorer.score(pool[:1]).fall_NV[0] == pytest.approx(fall_V, abs=1e-4 * np.abs(fall_V).max())
 
 
 def test_exact_utility_becomes_the_gradient_product_as_the_step_goes_to_zero(proxy, items, pool, parameters):
-    scorer = exact_scorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=0.0)
+    scorer = ExactScorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=0.0)
     target_gradient = items.gradient(proxy, parameters)
     steps = np.array([0.016, 0.00025])
     for sample in pool[:4]:
         loss = proxy.losses(proxy.collate([sample]))[0]
         gradient = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
         product = sum((a * b).sum().item() for a, b in zip(gradient, target_gradient, strict=True))
-        utility_S = scorer.score_at_steps(sample, steps)[1] @ items.item_weight_V
+        utility_S = scorer.falls([sample], steps)[1][0] @ items.item_weight_V
         error_S = np.abs(utility_S / (steps * product) - 1)
         # the relative error is of first order in the step, hence 64 times smaller but for higher orders
         assert error_S[1] < 0.01
@@ -216,7 +216,7 @@ def test_exact_utility_becomes_the_gradient_product_as_the_step_goes_to_zero(pro
 
 
 def test_utility_is_the_sum_of_the_falls_of_the_items(proxy, items, pool, parameters):
-    block = exact_scorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=0.05).score(pool[:3])
+    block = ExactScorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=0.05).score(pool[:3])
     assert block.utility_N == pytest.approx(block.fall_NV @ items.item_weight_V)
 
 
@@ -225,7 +225,7 @@ def test_items_already_seen_fall_whatever_the_layout(proxy, targets, pool, param
     blocks = []
     for size in (1, 3, 64):
         items = TargetItems.lay_out(proxy, targets, {"first": 1.0, "second": 3.0}, items_per_batch=size)
-        scorer = exact_scorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=0.05)
+        scorer = ExactScorer(proxy, items, Steppable(parameters), rule=StepRule("sgd"), step=0.05)
         blocks.append(scorer.score(pool[:2]))
     for block in blocks[1:]:
         assert block.fall_NV == pytest.approx(blocks[0].fall_NV, **ROUNDING)

@@ -48,6 +48,12 @@ class EncodedSamples(Sequence[Encoded]):
         return _Picked(self, indices)
 
 
+def length_batches(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
+    """Positions in batches of samples of like length, shortest first, ties in the order given: little padding."""
+    order = sorted(range(len(encoded)), key=lambda i: (encoded[i].length, i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 class _Picked(Sequence[Encoded]):
     def __init__(self, source: EncodedSamples, indices: Sequence[int]) -> None:
         self._source, self._indices = source, indices

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from datalloy.config import Evaluate, Metric
+from datalloy.encoding import length_batches
 from datalloy.errors import DataError, ModelError
 from datalloy.metrics import METRICS
 from datalloy.progress import track
@@ -58,10 +59,8 @@ def answer_losses(vlm: VLM, encoded: Sequence[Encoded], *, batch_size: int) -> n
     Batches hold items of like length, shortest first, ties in the order given. A loss that is not finite is returned
     as it is: whether a broken candidate is an error is for the caller to say.
     """
-    order = sorted(range(len(encoded)), key=lambda i: (encoded[i].length, i))
     loss_V = np.empty(len(encoded))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in length_batches(encoded, batch_size):
         loss_V[batch] = vlm.losses(vlm.collate([encoded[i] for i in batch])).double().cpu().numpy()
     return loss_V
 

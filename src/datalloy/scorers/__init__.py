@@ -5,21 +5,24 @@ fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot pro
 baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all of them.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch.nn import Parameter
 
 from datalloy.config import Score
 from datalloy.errors import AgreementError
 from datalloy.scorers.baselines import BASELINES, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer
-from datalloy.scorers.one_step import OneStepScorer, ScoreBlock, exact_scorer
+from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
-from datalloy.scorers.tail import TailReplay, tail_scorer
+from datalloy.scorers.tail import TailScorer
+from datalloy.scorers.taps import Taps
 from datalloy.target_items import TargetItems
 from datalloy.uncertainty import rank_agreement, rank_agreement_interval
 from datalloy.vlm import VLM, Encoded
@@ -91,7 +94,7 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     settings, few = inputs.settings, probes[:SCAN_PROBES]
     wanted = None if settings.step == "auto" else settings.step
     exact = _exact(inputs, 0.0)
-    stepped = {"exact": exact}
+    stepped: dict[str, OneStepScorer] = {"exact": exact}
     if "tail" in methods:
         stepped["tail"] = _tail(inputs, 0.0)
     scans: dict[str, StepScan] = {}
@@ -112,7 +115,7 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     other = TargetItems.lay_out(
         inputs.vlm, inputs.targets, dict(zip(inputs.items.names, inputs.items.weight_G, strict=True)), items_per_batch=7
     )
-    relaid = exact_scorer(inputs.vlm, other, exact.steppable, rule=exact.rule, step=exact.step)
+    relaid = ExactScorer(inputs.vlm, other, exact.steppable, rule=exact.rule, step=exact.step)
     return Probing(
         scans={name: scan.as_metadata() for name, scan in scans.items()},
         steps={name: scan.chosen for name, scan in scans.items()},
@@ -141,6 +144,9 @@ def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes:
             [flat[i : i + size] for i in range(0, len(flat), size)],
             probes,
             probing.exact,
+            replayed=_replayed(inputs),
+            rule=_rule(inputs, Taps(vlm).weights()),
+            step=step,
             batch_size=size,
             min_agreement=settings.min_agreement,
             seed=settings.seed,
@@ -148,8 +154,18 @@ def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes:
     if method == "first_order_hooks":
         return TapScorer(vlm, items, rule=StepRule(settings.step_rule), step=step, batch_size=settings.batch_size)
     steppable = Steppable(scoped_parameters(vlm, settings.scope, freeze_vision=inputs.freeze_vision))
-    rule = _rule(inputs, steppable)
+    rule = _rule(inputs, steppable.parameters)
     return FiniteDifferenceScorer(vlm, items, steppable, rule=rule, step=step, batch_size=settings.batch_size)
+
+
+def _replayed(inputs: ScoringInputs) -> TargetItems | None:
+    """The few items that calibrated measures after real steps, in turn from every target."""
+    turns = itertools.zip_longest(*([(name, item) for item in group] for name, group in inputs.targets.items()))
+    dealt = [pair for turn in turns for pair in turn if pair is not None][: inputs.settings.replayed_items]
+    groups: dict[str, list[Encoded]] = {}
+    for name, item in dealt:
+        groups.setdefault(name, []).append(item)
+    return TargetItems.lay_out(inputs.vlm, groups, dict.fromkeys(groups, 1.0)) if groups else None
 
 
 def agreement_with_exact(scorer: Scorer, probing: Probing, probes: Sequence[Encoded], seed: int) -> Agreement:
@@ -173,22 +189,21 @@ def harm_below(scorer: OneStepScorer, targets: Mapping[str, Sequence[Encoded]]) 
     return min(0.0, float(np.quantile(clean_V[np.isfinite(clean_V)], HARM_QUANTILE)))
 
 
-def _rule(inputs: ScoringInputs, steppable: Steppable) -> StepRule:
+def _rule(inputs: ScoringInputs, parameters: Sequence[Parameter]) -> StepRule:
     if inputs.settings.step_rule != "adamw":
         return StepRule(inputs.settings.step_rule)
-    moments = root_second_moments(
-        inputs.vlm, inputs.pool_batch, steppable.parameters, batch_size=inputs.train_batch_size
-    )
+    moments = root_second_moments(inputs.vlm, inputs.pool_batch, parameters, batch_size=inputs.train_batch_size)
     return StepRule("adamw", moments)
 
 
-def _exact(inputs: ScoringInputs, step: float) -> OneStepScorer:
+def _exact(inputs: ScoringInputs, step: float) -> ExactScorer:
     parameters = scoped_parameters(inputs.vlm, inputs.settings.scope, freeze_vision=inputs.freeze_vision)
     steppable = Steppable(parameters)
-    return exact_scorer(inputs.vlm, inputs.items, steppable, rule=_rule(inputs, steppable), step=step)
+    return ExactScorer(inputs.vlm, inputs.items, steppable, rule=_rule(inputs, steppable.parameters), step=step)
 
 
-def _tail(inputs: ScoringInputs, step: float) -> OneStepScorer:
-    replay = TailReplay(inputs.vlm, inputs.items, inputs.settings.tail_layers)
-    steppable = Steppable(replay.parameters())
-    return tail_scorer(inputs.vlm, replay, steppable, rule=_rule(inputs, steppable), step=step)
+def _tail(inputs: ScoringInputs, step: float) -> TailScorer:
+    taps, size = Taps(inputs.vlm, inputs.settings.tail_layers), inputs.settings.batch_size
+    rule = _rule(inputs, taps.weights())
+    check = next(item for group in inputs.targets.values() for item in group)
+    return TailScorer(inputs.vlm, inputs.items, taps, check=check, rule=rule, step=step, batch_size=size)

@@ -1,8 +1,10 @@
 """Samples in, predicted finite-step utilities out: cheap features fitted to a few exact probes.
 
 One forward and backward pass a sample gives its loss, its slope along every target's gradient, the norm of its
-gradient, plain and weighted by the targets' Fisher diagonal (the second-order term of a step), and its length. A
-ridge regression on these features and their products is fitted to the exact utilities of the probes.
+gradient, plain and weighted by the targets' Fisher diagonal (the second-order term of a step), and its length. What
+no expansion around a point tells, the finite step does: the falls of a few target items' losses after a real step on
+the decoder's linear layers (`Replay`). A ridge regression on these features and their products is fitted to the exact
+utilities of the probes. Which few items hardly matters (docs/performance.md), so they are the first of each target.
 
 It always says how well it agrees with exact on probes that it was not fitted to, and refuses below a threshold.
 Agreement of ranks alone does not promise a good subset (DESIGN 2.3): the bake-off decides.
@@ -17,8 +19,11 @@ from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
+from datalloy.encoding import length_batches
 from datalloy.errors import AgreementError
 from datalloy.scorers.one_step import ScoreBlock
+from datalloy.scorers.replay import Replay
+from datalloy.scorers.step import StepRule
 from datalloy.scorers.taps import Measured, Taps
 from datalloy.target_items import TargetItems
 from datalloy.uncertainty import Interval, rank_agreement, rank_agreement_interval
@@ -53,14 +58,19 @@ class CalibratedScorer:
         probes: Sequence[Encoded],
         exact: ScoreBlock,
         *,
+        replayed: TargetItems | None,
+        rule: StepRule,
+        step: float,
         batch_size: int,
         min_agreement: float,
         seed: int,
     ) -> None:
         self.taps, self.batch_size, self.weight_G = Taps(vlm), batch_size, items.weight_G
+        self._rule, self._step = rule, step
+        self._replay = Replay(self.taps, replayed, probes[0]) if replayed else None
         self._directions = [items.gradient(vlm, self.taps.weights(), target=g) for g in range(len(items.names))]
         self._metric = self.taps.mean_squared_gradient(target_batches)
-        features = _feature_matrix(self._measure(probes), probes)
+        _, features = self._features(probes)
         finite = np.isfinite(features).all(1) & exact.finite_N
         if finite.sum() < MIN_PROBES:
             raise AgreementError(
@@ -88,31 +98,48 @@ class CalibratedScorer:
         self._models = [_regression().fit(features, u_N) for u_N in utility_NG.T]
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
-        measured = self._measure(samples)
-        features = _feature_matrix(measured, samples)
+        loss_N, features = self._features(samples)
         finite = np.isfinite(features).all(1)
         utility_NG = np.full((len(samples), len(self._models)), np.nan)
         if finite.any():
             utility_NG[finite] = np.column_stack([model.predict(features[finite]) for model in self._models])
-        return ScoreBlock(measured.loss_N, utility_NG, utility_NG @ self.weight_G, np.full(len(samples), self._error))
+        return ScoreBlock(loss_N, utility_NG, utility_NG @ self.weight_G, np.full(len(samples), self._error))
 
-    def _measure(self, samples: Sequence[Encoded]) -> Measured:
-        return self.taps.measure(samples, self._directions, batch_size=self.batch_size, metric=self._metric)
+    def _features(self, samples: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+        """Losses, [N], and features, one row a sample."""
+        loss_N, rows = np.empty(len(samples)), [np.empty(0)] * len(samples)
+        for batch in length_batches(samples, self.batch_size):
+            encoded = [samples[i] for i in batch]
+            reading = self.taps.read(encoded)
+            measured = self.taps.measure(reading, self._directions, metric=self._metric)
+            features = _feature_matrix(measured, encoded)
+            if self._replay:
+                fall_BV = self._replay.falls(reading, self._rule, (self._step,))[:, 0]
+                features = np.column_stack([features, signed_root(fall_BV)])
+            loss_N[batch] = measured.loss_N
+            for i, row in zip(batch, features, strict=True):
+                rows[i] = row
+        return loss_N, np.array(rows)
 
 
 def _feature_matrix(measured: Measured, samples: Sequence[Encoded]) -> np.ndarray:
     """Features [N, G + 5]. Roots and logarithms tame quantities that span decades over a pool."""
-    slope = measured.slope_NG
-    return np.column_stack(
-        [
-            np.sign(slope) * np.sqrt(np.abs(slope)),
-            measured.loss_N,
-            np.sqrt(measured.squared_norm_N),
-            np.log(measured.squared_norm_N + FLOOR),
-            np.log(measured.metric_norm_N + FLOOR),
-            np.log([sample.supervised_tokens for sample in samples]),
-        ]
-    )
+    with np.errstate(invalid="ignore"):
+        return np.column_stack(
+            [
+                signed_root(measured.slope_NG),
+                measured.loss_N,
+                np.sqrt(measured.squared_norm_N),
+                np.log(measured.squared_norm_N + FLOOR),
+                np.log(measured.metric_norm_N + FLOOR),
+                np.log([sample.supervised_tokens for sample in samples]),
+            ]
+        )
+
+
+def signed_root(values: np.ndarray) -> np.ndarray:
+    """The square root with the sign of what it was taken of."""
+    return np.sign(values) * np.sqrt(np.abs(values))
 
 
 def _regression() -> Pipeline:

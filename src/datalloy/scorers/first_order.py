@@ -92,7 +92,7 @@ class TapScorer:
         self._directions = [items.gradient(vlm, self.taps.weights(), target=g) for g in range(len(items.names))]
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
-        measured = self.taps.measure(samples, self._directions, batch_size=self.batch_size)
+        measured = self.taps.measure_all(samples, self._directions, batch_size=self.batch_size)
         slope_NG = measured.slope_NG
         if self.rule.name == "unit_norm":
             slope_NG = slope_NG / np.maximum(np.sqrt(measured.squared_norm_N), TINY)[:, None]

@@ -7,13 +7,14 @@ The step is finite on purpose. At a step that matters, curvature rules as much a
 product that this becomes for tiny steps agrees with it hardly at all (DESIGN 2.3).
 
 Price of `exact`: one forward and backward pass of the sample and one forward pass of every target item. `tail`
-(tail.py) pays only the last decoder layers of the latter. Departs from the paper: weights are restored from
-memory bit for bit, and the fall of every target item is kept, for standard errors.
+(tail.py) pays only the last decoder layers of the latter, for many samples at once. Departs from the paper: weights
+are restored from memory bit for bit, and the fall of every target item is kept, for standard errors.
 """
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,47 +55,34 @@ class ScoreBlock:
         return np.isfinite(self.loss_N) & np.isfinite(self.utility_N)
 
 
-class OneStepScorer:
-    """Takes the step for real. `target_losses` is what differs between exact (whole model) and tail (last layers)."""
+class OneStepScorer(ABC):
+    """Takes the step for real, and measures the targets after it. Subclasses say what moves and what is run again."""
 
     signed = True
 
-    def __init__(
-        self,
-        vlm: VLM,
-        items: TargetItems,
-        steppable: Steppable,
-        target_losses: Callable[[], np.ndarray],
-        *,
-        rule: StepRule,
-        step: float,
-    ) -> None:
-        self.vlm, self.items, self.rule, self.step = vlm, items, rule, step
-        self.steppable = steppable
-        self.target_losses = target_losses
-        self.before_V = target_losses()
-        if bad := int((~np.isfinite(self.before_V)).sum()):
+    def __init__(self, vlm: VLM, items: TargetItems, before_V: np.ndarray, *, rule: StepRule, step: float) -> None:
+        self.vlm, self.items, self.before_V, self.rule, self.step = vlm, items, before_V, rule, step
+        if bad := int((~np.isfinite(before_V)).sum()):
             raise ModelError(
-                f"{bad} of {len(self.before_V)} target items have no finite loss under {vlm.name} before any step, so "
+                f"{bad} of {len(before_V)} target items have no finite loss under {vlm.name} before any step, so "
                 "no utility can be measured; use another proxy or a lower train.learning_rate in the warm-up"
             )
 
-    def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
-        blocks = [self.score_at_steps(sample, (self.step,)) for sample in samples]
-        return ScoreBlock(
-            loss_N=np.array([loss for loss, _ in blocks]),
-            **_utilities(self.items, np.array([falls[0] for _, falls in blocks])),
-        )
+    @abstractmethod
+    def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Losses of the samples, [N], and the fall of every target item after a step of each size, [N, steps, V]."""
 
-    def score_at_steps(self, sample: Encoded, steps: Sequence[float]) -> tuple[float, np.ndarray]:
-        """Loss of one sample and the fall of every target item after a step of each size, [len(steps), V]."""
-        loss, gradient = loss_and_gradient(self.vlm, sample, self.steppable.parameters)
-        direction = self.rule.direction(gradient)
-        falls = []
-        for step in steps:
-            with self.steppable.moved(direction, -step):
-                falls.append(self.before_V - self.target_losses())
-        return loss, np.array(falls)
+    @abstractmethod
+    def polyak_steps(self, samples: Sequence[Encoded]) -> np.ndarray:
+        """The step that, to first order, would bring each sample's own loss to zero: `l / <g, d>`, [N].
+
+        A scale for steps that does not depend on the model's size or on the step rule; used by the step scan.
+        Infinite where a sample has no gradient.
+        """
+
+    def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
+        loss_N, fall_NSV = self.falls(samples, (self.step,))
+        return ScoreBlock(loss_N=loss_N, **_utilities(self.items, fall_NSV[:, 0]))
 
     def clean_utilities(self, items: Sequence[Encoded]) -> np.ndarray:
         """Utility of stepping on each target item itself, measured on all the others, [V], nats per token.
@@ -103,28 +91,35 @@ class OneStepScorer:
         moves the model too far and has a utility below zero, these included; harm is what does worse than they do.
         `items` are the encoded items in the order of V.
         """
-        utilities = []
-        for v, item in enumerate(items):
-            _, falls = self.score_at_steps(item, (self.step,))
-            weight_V = self.items.item_weight_V.copy()
-            weight_V[v] = 0.0
-            utilities.append(float(falls[0] @ weight_V / weight_V.sum()))
-        return np.array(utilities)
+        _, fall_VSV = self.falls(items, (self.step,))
+        weight_VV = np.where(np.eye(len(items), dtype=bool), 0.0, self.items.item_weight_V)
+        return (fall_VSV[:, 0] * weight_VV).sum(axis=1) / weight_VV.sum(axis=1)
 
-    def polyak_step(self, sample: Encoded) -> float:
-        """The step that, to first order, would bring the sample's own loss to zero: `l / <g, d>`.
 
-        A scale for steps that does not depend on the model's size or on the step rule; used by the step scan.
-        Infinite where the sample has no gradient.
-        """
+class ExactScorer(OneStepScorer):
+    """The definition: the whole model is evaluated on every target item after every step, one sample at a time."""
+
+    def __init__(self, vlm: VLM, items: TargetItems, steppable: Steppable, *, rule: StepRule, step: float) -> None:
+        super().__init__(vlm, items, items.losses(vlm), rule=rule, step=step)
+        self.steppable = steppable
+
+    def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        loss_N, fall_NSV = np.empty(len(samples)), np.empty((len(samples), len(steps), len(self.before_V)))
+        for n, sample in enumerate(samples):
+            loss_N[n], gradient = loss_and_gradient(self.vlm, sample, self.steppable.parameters)
+            direction = self.rule.direction(gradient)
+            for s, step in enumerate(steps):
+                with self.steppable.moved(direction, -step):
+                    fall_NSV[n, s] = self.before_V - self.items.losses(self.vlm)
+        return loss_N, fall_NSV
+
+    def polyak_steps(self, samples: Sequence[Encoded]) -> np.ndarray:
+        return np.array([self._polyak_step(sample) for sample in samples])
+
+    def _polyak_step(self, sample: Encoded) -> float:
         loss, gradient = loss_and_gradient(self.vlm, sample, self.steppable.parameters)
         slope = inner(gradient, self.rule.direction(gradient))
         return loss / slope if slope else math.inf
-
-
-def exact_scorer(vlm: VLM, items: TargetItems, steppable: Steppable, *, rule: StepRule, step: float) -> OneStepScorer:
-    """The definition: the whole model is evaluated on every target item after every step."""
-    return OneStepScorer(vlm, items, steppable, lambda: items.losses(vlm), rule=rule, step=step)
 
 
 def _utilities(items: TargetItems, fall_NV: np.ndarray) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: floa
     Probes without a finite loss or without a gradient have no Polyak step and are left out; so is the row of a step
     after which no utility is finite.
     """
-    polyak_N = np.array([scorer.polyak_step(probe) for probe in probes])
+    polyak_N = scorer.polyak_steps(probes)
     usable = np.isfinite(polyak_N)
     if not usable.any():
         raise ModelError(
@@ -77,9 +77,7 @@ def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: floa
     polyak = float(np.median(polyak_N[usable]))
     multiples = [*GRID] if wanted is None else sorted({*GRID, wanted / polyak})
     steps = [multiple * polyak for multiple in multiples]
-    fall_NSV = np.array(
-        [scorer.score_at_steps(probe, steps)[1] for probe, ok in zip(probes, usable, strict=True) if ok]
-    )
+    _, fall_NSV = scorer.falls([probe for probe, ok in zip(probes, usable, strict=True) if ok], steps)
     utility_NS = fall_NSV @ scorer.items.item_weight_V
     target_loss = float(scorer.before_V @ scorer.items.item_weight_V)
     halves = [fall_NSV @ weights for weights in _half_weights(scorer.items, seed)]

@@ -1,95 +1,56 @@
-"""Target items in, a function that measures their losses again after a step on the last decoder layers out.
+"""Samples in, finite-step utilities of a step on the last decoder layers out.
 
 A step that touches only the last layers leaves everything below them as it was: the targets' hidden states at the
-entrance of the tail are computed once, and each candidate pays the tail alone, and the head alone on answer
-positions. In the prototype the tail step kept nearly all of the exact ranking (DESIGN 2.3).
-
-The tail is replayed by calling the model's own layers with the arguments that the model called them with, so it
-needs no knowledge of the family; a family whose forward does more between its layers (additive visual features,
-say) is noticed because the replay does not give the model's own losses, and refused.
+entrance of the tail are computed once, each sample pays the tail alone, and many samples are measured at once
+(`Replay`). In the prototype the tail step kept nearly all of the exact ranking (DESIGN 2.3); on pools with hard clean
+samples it does not (docs/results.md).
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from datalloy.errors import ModelError
+from datalloy.encoding import length_batches
 from datalloy.scorers.one_step import OneStepScorer
-from datalloy.scorers.step import Steppable, StepRule
+from datalloy.scorers.replay import Replay
+from datalloy.scorers.step import StepRule
+from datalloy.scorers.taps import Taps
 from datalloy.target_items import TargetItems
-from datalloy.vlm import VLM
-
-REPLAY_TOLERANCE = 1e-3  # nats; rounding gives 1e-6, a wrong replay tenths
+from datalloy.vlm import VLM, Encoded
 
 
-class TailReplay:
-    """The last `depth` decoder layers on cached hidden states of the target items."""
+class TailScorer(OneStepScorer):
+    """Steps on the linear layers of the last `depth` decoder layers."""
 
-    def __init__(self, vlm: VLM, items: TargetItems, depth: int) -> None:
-        layers = vlm.decoder_layers()
-        if not 1 <= depth <= len(layers):
-            raise ModelError(f"score.tail_layers is {depth}, {vlm.name} has {len(layers)} decoder layers")
-        self.items = items
-        self.layers = list(layers[-depth:])
-        self.norm, self.head = vlm.final_norm(), vlm.output_head()
-        self._calls, self._supervised, direct = [], [], []
-        for _, batch in items.batches:
-            calls, losses = self._record(vlm, batch)
-            self._calls.append(calls)
-            shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-            self._supervised.append((shifted != -100, shifted))
-            direct.append(losses)
-        error = np.abs(self.losses() - items.gather(direct)).max()
-        if not error < REPLAY_TOLERANCE:
-            raise ModelError(
-                f"the last {depth} decoder layers of {vlm.name} cannot be replayed alone (losses differ by {error:.2g} "
-                "nats): the family does more between its layers; use score.method exact or calibrated"
-            )
+    def __init__(
+        self,
+        vlm: VLM,
+        items: TargetItems,
+        taps: Taps,
+        *,
+        check: Encoded,
+        rule: StepRule,
+        step: float,
+        batch_size: int,
+    ) -> None:
+        """`check` is any sample, on which the replay is compared with a step taken for real."""
+        self.taps, self.replay, self.batch_size = taps, Replay(taps, items, check), batch_size
+        super().__init__(vlm, items, self.replay.before_V, rule=rule, step=step)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers for p in layer.parameters()]
+    def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        loss_N, fall_NSV = np.empty(len(samples)), np.empty((len(samples), len(steps), len(self.before_V)))
+        for batch in length_batches(samples, self.batch_size):
+            reading = self.taps.read([samples[i] for i in batch])
+            loss_N[batch] = reading.loss_B.double().cpu().numpy()
+            fall_NSV[batch] = self.replay.falls(reading, self.rule, steps)
+        return loss_N, fall_NSV
 
-    def losses(self) -> np.ndarray:
-        """Loss of every target item with the tail's weights as they are now, [V], nats per token."""
-        with torch.no_grad():
-            return self.items.gather([self._replay(i) for i in range(len(self._calls))])
-
-    def _record(self, vlm: VLM, batch: dict[str, Tensor]) -> tuple[list[tuple[tuple, dict[str, Any]]], Tensor]:
-        calls: list[tuple[tuple, dict[str, Any]]] = []
-
-        def remember(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            calls.append((args, kwargs))
-
-        handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers]
-        try:
-            with torch.no_grad():
-                losses = vlm.losses(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return calls, losses
-
-    def _replay(self, index: int) -> Tensor:
-        hidden: Any = None
-        for layer, (args, kwargs) in zip(self.layers, self._calls[index], strict=True):
-            if hidden is None:
-                output = layer(*args, **kwargs)
-            elif args:
-                output = layer(hidden, *args[1:], **kwargs)
-            else:
-                output = layer(**{**kwargs, "hidden_states": hidden})
-            hidden = output[0] if isinstance(output, tuple) else output
-        mask, labels = self._supervised[index]
-        logits = self.head(self.norm(hidden[mask])).float()
-        token_losses = F.cross_entropy(logits, labels[mask], reduction="none")
-        # not index_add_, whose sums on CUDA come in an order of their own each time
-        token_losses_BT = token_losses.new_zeros(mask.shape).masked_scatter(mask, token_losses)
-        return token_losses_BT.sum(1) / mask.sum(1)
-
-
-def tail_scorer(vlm: VLM, replay: TailReplay, steppable: Steppable, *, rule: StepRule, step: float) -> OneStepScorer:
-    """Finite-step utility of a step that touches only the last decoder layers."""
-    return OneStepScorer(vlm, replay.items, steppable, replay.losses, rule=rule, step=step)
+    def polyak_steps(self, samples: Sequence[Encoded]) -> np.ndarray:
+        roots = self.rule.root_second_moments
+        metric = None if roots is None else [1 / root for root in roots]
+        found = self.taps.measure_all(samples, (), batch_size=self.batch_size, metric=metric)
+        slope_N = found.squared_norm_N if metric is None else found.metric_norm_N
+        if self.rule.name == "unit_norm":
+            slope_N = np.sqrt(slope_N)
+        with np.errstate(divide="ignore"):
+            return np.where(slope_N > 0, found.loss_N / slope_N, np.inf)

@@ -1,20 +1,21 @@
 """Samples in, what their gradients are worth out: slopes along given directions, norms, curvature-weighted norms.
 
-One forward and backward pass of an ordinary batch. For a linear layer the gradient of sample b is
-`sum_t d_bt a_bt^T` with a the layer's input and d the gradient of its output; both are at hand in a batch, so
-per-sample gradients cost no batches of one. They are formed one layer at a time, reduced to a few numbers and
+One forward pass of an ordinary batch, and a backward pass through the decoder. For a linear layer the gradient of
+sample b is `sum_t d_bt a_bt^T` with a the layer's input and d the gradient of its output; both are at hand in a batch,
+so per-sample gradients cost no batches of one. They are formed one layer at a time, reduced to a few numbers and
 dropped: nothing is stored. Only the decoder's linear layers are tapped (inputs [B, T, features]), under PEFT those
 of the adapter; the vision tower flattens samples into one row of patches, as experts in a mixture do, and embeddings
 and norms carry little of the gradient.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datalloy.encoding import length_batches
 from datalloy.errors import ModelError
 from datalloy.vlm import VLM, Encoded
 
@@ -28,20 +29,55 @@ class Measured(NamedTuple):
     metric_norm_N: np.ndarray
 
 
+class Reading(NamedTuple):
+    """A batch read at the taps: losses [B]; for each tapped layer its inputs [B, T, in] and the gradients of its
+    outputs [B, T, out]. Positions at which no sample of the batch has a gradient are left out.
+    """
+
+    loss_B: Tensor
+    input_BTI: Sequence[Tensor]
+    gradient_BTO: Sequence[Tensor]
+
+
 class Taps:
-    """The trainable linear layers of the decoder, read during forward and backward passes."""
+    """The trainable linear layers of the decoder, or of its last `depth` layers, read as batches pass."""
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: VLM, depth: int | None = None) -> None:
         self.vlm = vlm
-        linear = [m for m in vlm.decoder_layers().modules() if isinstance(m, nn.Linear)]
-        self.modules = [m for m in linear if m.weight.requires_grad]
+        layers = vlm.decoder_layers()
+        if depth is not None and not 1 <= depth <= len(layers):
+            raise ModelError(f"score.tail_layers is {depth}, {vlm.name} has {len(layers)} decoder layers")
+        self.layers = list(layers if depth is None else layers[-depth:])
+        linear = [m for layer in self.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+        self.modules: list[nn.Linear] = [m for m in linear if m.weight.requires_grad]
         if not self.modules:
-            raise ModelError(f"the decoder of {vlm.name} has no trainable torch.nn.Linear; use score.method exact")
+            raise ModelError(
+                f"{vlm.name} has no trainable parameter in a torch.nn.Linear of its decoder; use score.method exact"
+            )
 
-    def weights(self) -> list[Tensor]:
-        return [module.weight for module in self.modules]
+    def weights(self) -> list[nn.Parameter]:
+        return [module.get_parameter("weight") for module in self.modules]
 
     def measure(
+        self, reading: Reading, directions: Sequence[Sequence[Tensor]], *, metric: Sequence[Tensor] | None = None
+    ) -> Measured:
+        """What the samples of a batch are worth. `directions` and `metric` hold one tensor for each tapped weight."""
+        count = len(reading.loss_B)
+        slope_BG = torch.zeros(count, len(directions), dtype=torch.float64)
+        norm_B, weighted_B = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        for layer, (a, d) in enumerate(zip(reading.input_BTI, reading.gradient_BTO, strict=True)):
+            gradient_BW = (d.mT @ a).flatten(1)
+            if directions:
+                along_GW = torch.stack([direction[layer].flatten() for direction in directions])
+                slope_BG += (gradient_BW @ along_GW.T).cpu()
+            squares_BW = gradient_BW.square()
+            norm_B += squares_BW.sum(1).cpu()
+            if metric is not None:
+                weighted_B += (squares_BW @ metric[layer].flatten()).cpu()
+        losses_B = reading.loss_B.double().cpu()
+        return Measured(*(tensor.numpy() for tensor in (losses_B, slope_BG, norm_B, weighted_B)))
+
+    def measure_all(
         self,
         samples: Sequence[Encoded],
         directions: Sequence[Sequence[Tensor]],
@@ -49,49 +85,35 @@ class Taps:
         batch_size: int,
         metric: Sequence[Tensor] | None = None,
     ) -> Measured:
-        """Measure all samples. `directions` and `metric` hold one tensor for each tapped weight."""
-        parts = [
-            self._measure_batch(samples[i : i + batch_size], directions, metric)
-            for i in range(0, len(samples), batch_size)
-        ]
-        return Measured(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        """`measure` for any number of samples."""
+        batches = length_batches(samples, batch_size)
+        parts = [self.measure(self.read([samples[i] for i in b]), directions, metric=metric) for b in batches]
+        restored = np.argsort(np.concatenate(batches))
+        return Measured(*(np.concatenate(columns)[restored] for columns in zip(*parts, strict=True)))
 
     def mean_squared_gradient(self, batches: Sequence[Sequence[Encoded]]) -> list[Tensor]:
         """Mean over samples of the squared gradient: the diagonal of the empirical Fisher matrix, per tapped weight."""
         totals = [torch.zeros_like(weight) for weight in self.weights()]
         for batch in batches:
-            _, inputs, gradients = self._run(batch)
-            for total, a, d in zip(totals, inputs, gradients, strict=True):
-                total += torch.einsum("bto,bti->boi", d, a).square().sum(0)
+            reading = self.read(batch)
+            for total, a, d in zip(totals, reading.input_BTI, reading.gradient_BTO, strict=True):
+                total += (d.mT @ a).square().sum(0)
         count = sum(len(batch) for batch in batches)
         return [total / count for total in totals]
 
-    def _measure_batch(
-        self, samples: Sequence[Encoded], directions: Sequence[Sequence[Tensor]], metric: Sequence[Tensor] | None
-    ) -> Measured:
-        losses, inputs, gradients = self._run(samples)
-        count = len(samples)
-        slope, norm, weighted = np.zeros((count, len(directions))), np.zeros(count), np.zeros(count)
-        for layer, (a, d) in enumerate(zip(inputs, gradients, strict=True)):
-            gradient_BOI = torch.einsum("bto,bti->boi", d, a)
-            for g, direction in enumerate(directions):
-                slope[:, g] += torch.einsum("boi,oi->b", gradient_BOI, direction[layer]).cpu().double().numpy()
-            squares = gradient_BOI.square()
-            norm += squares.sum((1, 2)).cpu().double().numpy()
-            if metric is not None:
-                weighted += torch.einsum("boi,oi->b", squares, metric[layer]).cpu().double().numpy()
-        return Measured(losses, slope, norm, weighted)
-
-    def _run(self, samples: Sequence[Encoded]) -> tuple[np.ndarray, Sequence[Tensor], Sequence[Tensor]]:
-        """Losses, and for every tapped layer its inputs and the gradients of its outputs."""
+    def read(self, samples: Sequence[Encoded]) -> Reading:
+        """One pass of a batch, forward through the model and backward through the tapped layers."""
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             calls.append((module, args[0].detach(), output))
 
-        handles = [module.register_forward_hook(remember) for module in self.modules]
+        # what lies below the taps has no gradient to give, so no graph of it is kept
+        handles = [self.layers[0].register_forward_pre_hook(_begin_graph, with_kwargs=True)]
+        handles += [module.register_forward_hook(remember) for module in self.modules]
         try:
-            losses = self.vlm.losses(self.vlm.collate(samples))
+            with torch.no_grad():
+                loss_B = self.vlm.losses(self.vlm.collate(samples))
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,13 +122,33 @@ class Taps:
         called = {module: (taken, output) for module, taken, output in calls}
         inputs, outputs = zip(*(called[module] for module in self.modules), strict=True)
         # the sum, not the mean: each sample's own gradient must not depend on who else is in the batch
-        gradients = torch.autograd.grad(losses.sum(), outputs)
-        return losses.detach().cpu().double().numpy(), inputs, gradients
+        gradients = torch.autograd.grad(loss_B.sum(), outputs)
+        rows = [_with_gradient(a, d) for a, d in zip(inputs, gradients, strict=True)]
+        return Reading(loss_B.detach(), [a for a, _ in rows], [d for _, d in rows])
 
     def _check(self, calls: Sequence[tuple[nn.Module, Tensor, Tensor]], samples: int) -> None:
         once = len(calls) == len(self.modules) == len({module for module, _, _ in calls})
         if not once or any(taken.ndim != 3 or len(taken) != samples for _, taken, _ in calls):
             raise ModelError(
                 f"the linear layers of {self.vlm.name} are not each called once on [samples, tokens, features], so "
-                "gradients cannot be told apart by sample; use score.method exact, tail or first_order"
+                "gradients cannot be told apart by sample; use score.method exact or first_order"
             )
+
+
+def _begin_graph(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gradients are on from this layer upwards."""
+    torch.set_grad_enabled(True)
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+def _with_gradient(input_BTI: Tensor, gradient_BTO: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the positions that no loss depends on: padding, and in the last layer all but those before answers."""
+    present_BT = (gradient_BTO != 0).any(dim=2)
+    most = int(present_BT.sum(dim=1).max())
+    if most == present_BT.shape[1]:
+        return input_BTI, gradient_BTO
+    # a stable sort: the positions that are kept stay in their order
+    kept_BT1 = present_BT.sort(dim=1, descending=True, stable=True).indices[:, : max(most, 1), None]
+    return tuple(t.gather(1, kept_BT1.expand(-1, -1, t.shape[2])) for t in (input_BTI, gradient_BTO))  # type: ignore[return-value]
