@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from datalloy.bakeoff import FINALISTS, FULL, LAST_ROUND, MIN_STEPS, Arm, is_reference, make_arms, race
+from datalloy.bakeoff import FULL, LAST_ROUND, LONGER, MIN_STEPS, SECOND_ROUND, Arm, is_reference, make_arms, race
 from datalloy.errors import ModelError, RecipeError
 
 RANDOM = Arm("random", 0.5, "domain")
@@ -54,7 +54,7 @@ def test_keeping_everything_wins_when_selection_harms():
 
 
 def test_margins_tell_how_much_better_the_winner_does():
-    outcome = run(Track({TAIL: 0.02, RANDOM: 0.01}, noise=0.0), budget_steps=230)  # the last round has 30 steps
+    outcome = run(Track({TAIL: 0.02, RANDOM: 0.01}, noise=0.0), budget_steps=410)  # the second round has 30 steps
     over_random, over_full = outcome.margins
     assert (over_random.over, over_full.over) == (RANDOM.name, "full")
     assert over_random.mean == pytest.approx(0.3)
@@ -63,7 +63,7 @@ def test_margins_tell_how_much_better_the_winner_does():
 
 
 def test_the_winner_is_held_against_training_on_nothing():
-    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=230).over_base
+    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=410).over_base
     assert (helped.over, helped.mean) == ("the base", pytest.approx(0.6))
     harmed = run(Track(dict.fromkeys(ARMS, -0.02) | {TAIL: -0.01}))
     assert harmed.winner == TAIL
@@ -108,19 +108,19 @@ def test_neither_the_budget_nor_the_longest_run_is_exceeded(budget_steps, longes
 
 def test_the_budget_is_used_as_far_as_whole_steps_go():
     track = Track({}, noise=1.0)  # nobody is ruled out
-    outcome = run(track, budget_steps=230)
-    assert outcome.steps_spent == 230  # 8 arms of 10 steps, 5 of 30
+    assert run(track, budget_steps=410).steps_spent == 410  # 8 arms of 10 steps, 5 of 30, 2 of 90
+    assert run(track, budget_steps=138).steps_spent == 138  # 8 arms of 6 steps, 5 of 18: too little for a third round
 
 
 def test_all_arms_run_the_same_number_of_steps_in_a_round():
     track = Track({TAIL: 0.02, LOW: 0.02})
     run(track)
-    first, final = ({steps for _, steps, number in track.runs if number == n} for n in (1, 2))
-    assert len(first) == len(final) == 1
-    assert final.pop() == LAST_ROUND * first.pop()
+    lengths = [{steps for _, steps, number in track.runs if number == n} for n in (1, 2, 3)]
+    (first,), (second,), (third,) = lengths
+    assert (second, third) == (LONGER * first, LONGER * second)
 
 
-def test_references_reach_the_last_round_however_bad_they_are():
+def test_references_reach_the_second_round_however_bad_they_are():
     track = Track({FULL: -0.1, RANDOM: -0.2, TAIL: 0.02})
     outcome = run(track)
     assert {FULL, RANDOM} <= {arm for arm, _, number in track.runs if number == 2}
@@ -136,12 +136,21 @@ def test_arms_that_are_ruled_out_run_no_more():
 def test_at_most_so_many_arms_go_on_beside_the_references():
     track = Track(dict.fromkeys(ARMS[2:], 0.05))
     run(track)
-    assert len([arm for arm, _, number in track.runs if number == 2 and not is_reference(arm)]) == FINALISTS
+    assert len([arm for arm, _, number in track.runs if number == 2 and not is_reference(arm)]) == SECOND_ROUND
 
 
-def test_an_early_leader_can_be_overtaken_in_the_last_round():
+def test_the_best_two_run_longest_unless_one_is_ruled_out():
+    close, clear = Track({TAIL: 0.02, LOW: 0.02, LONG: 0.01}), Track({TAIL: 0.05, LOW: 0.01})
+    run(close), run(clear)
+    assert {arm for arm, _, number in close.runs if number == 3} == {TAIL, LOW}
+    assert LAST_ROUND == 2
+    assert not [arm for arm, _, number in clear.runs if number == 3]
+
+
+@pytest.mark.parametrize("overtaken", [1, 2])
+def test_an_early_leader_can_be_overtaken_in_a_later_round(overtaken):
     def track(arm, steps, number):
-        gain = {TAIL: (0.2, 0.3), LOW: (0.19, 0.5)}.get(arm, (0, 0))[number - 1]
+        gain = {TAIL: 0.2, LOW: 0.19 if number <= overtaken else 0.5}.get(arm, 0)
         return BASE_V + gain + np.random.default_rng(zlib.crc32(arm.name.encode())).normal(0, 0.3, V)
 
     outcome = run(track)
@@ -183,7 +192,7 @@ def test_a_race_too_short_to_tell_arms_apart_is_refused_by_its_keys(sizes, messa
 
 def test_a_budget_pays_only_for_arms_that_there_are():
     arms = [FULL, RANDOM, TAIL]  # three in both rounds
-    assert run(Track({}, noise=1.0), arms, budget_steps=MIN_STEPS * 3 * (1 + LAST_ROUND)).steps_spent == 48
+    assert run(Track({}, noise=1.0), arms, budget_steps=MIN_STEPS * 3 * (1 + LONGER)).steps_spent == 48
 
 
 def test_an_arm_that_breaks_the_model_stops_the_race_by_name():

@@ -9,8 +9,8 @@ import torch
 
 import tiny_families
 from datalloy.errors import ModelError
-from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer
-from datalloy.scorers.step import Steppable, StepRule, root_second_moments
+from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
+from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
 from datalloy.scorers.taps import Taps
 from datalloy.target_items import TargetItems
 from datalloy.uncertainty import rank_agreement
@@ -66,6 +66,68 @@ def test_a_target_that_is_learnt_already_gives_no_utility():
     assert scorer.score([Point((1.0,), 3.0)]).utility_N.tolist() == [0]
 
 
+def test_scores_come_in_the_order_of_the_samples(proxy, items, pool):
+    """Though samples of like length are batched together."""
+    steppable = Steppable(Taps(proxy).weights())
+    scorer = FiniteDifferenceScorer(proxy, items, steppable, rule=StepRule("sgd"), step=STEP, batch_size=4)
+    assert len({sample.length for sample in pool}) > 2
+    forwards, backwards = scorer.score(pool), scorer.score(pool[::-1])
+    assert backwards.loss_N[::-1] == pytest.approx(forwards.loss_N, abs=1e-5)
+    assert backwards.utility_N[::-1] == pytest.approx(forwards.utility_N, abs=0.01 * np.abs(forwards.utility_N).max())
+
+
+def test_a_sample_costs_one_forward_pass_and_one_more_for_each_target(proxy, items, pool):
+    counted = proxy.copy()
+    steppable = Steppable(Taps(counted).weights())
+    scorer = FiniteDifferenceScorer(counted, items, steppable, rule=StepRule("sgd"), step=STEP, batch_size=4)
+    seen = []
+    counted.model.register_forward_hook(
+        lambda module, args, inputs, output: seen.append((len(inputs["input_ids"]), output.logits.requires_grad)),
+        with_kwargs=True,
+    )
+    scorer.score(pool)
+    assert sum(count for count, _ in seen) == len(pool) * (1 + len(items.names))
+    assert not any(has_graph for _, has_graph in seen)
+
+
+def test_a_vision_tower_that_stands_still_is_asked_once_for_all_targets(proxy, items, pool):
+    counted = proxy.copy()
+    steppable = Steppable(Taps(counted).weights())
+    scorers = [
+        FiniteDifferenceScorer(
+            counted, items, steppable, rule=StepRule("sgd"), step=STEP, batch_size=4, share_vision=share
+        )
+        for share in (False, True)
+    ]
+    inside = []
+    next(counted.vision_tower().children()).register_forward_hook(lambda *_: inside.append(None))
+    alone = scorers[0].score(pool)
+    batches = len(inside) // (1 + len(items.names))
+    inside.clear()
+    shared = scorers[1].score(pool)
+    assert len(inside) == batches > 0
+    assert shared.loss_N.tobytes() == alone.loss_N.tobytes()
+    assert shared.utility_NG.tobytes() == alone.utility_NG.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("scope", "freeze", "still"), [("full", False, False), ("full", True, False), ("decoder", True, True)]
+)
+def test_a_connector_inside_the_tower_counts_as_part_of_it(scope, freeze, still, tmp_path):
+    """As Qwen's merger does, which is trained when the tower is frozen."""
+    vlm = VLM.load(str(tiny_families.build_checkpoint("qwen2_5_vl", tmp_path)), device="cpu")
+    assert vision_stands_still(vlm, Steppable(scoped_parameters(vlm, scope, freeze_vision=freeze))) == still
+
+
+def test_features_of_a_tower_that_moves_are_not_shared(proxy, items):
+    everything = Steppable(list(proxy.model.parameters()))
+    assert vision_stands_still(proxy, Steppable(scoped_parameters(proxy, "full", freeze_vision=True)))
+    with pytest.raises(ModelError, match=r"moves weights in the vision tower.*share_vision=False"):
+        FiniteDifferenceScorer(
+            proxy, items, everything, rule=StepRule("sgd"), step=STEP, batch_size=4, share_vision=True
+        )
+
+
 # --- taps ----------------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +163,21 @@ def test_slopes_and_norms_are_those_of_autograd_one_sample_at_a_time(tapped):
         # a random direction is nearly at right angles, so rounding is to be compared with its length
         slopes = [dot(gradient, direction) for direction in directions]
         assert measured.slope_NG[n] == pytest.approx(slopes, rel=1e-4, abs=1e-4 * size)
+
+
+def test_finite_differences_agree_with_the_contraction_at_the_taps(tapped):
+    vlm, samples = tapped
+    targets = TargetItems.lay_out(vlm, {"one": samples[:2], "other": samples[2:3]}, {"one": 1.0, "other": 1.0})
+    steppable = Steppable(Taps(vlm).weights())
+    exact = TapScorer(vlm, targets, rule=StepRule("sgd"), step=STEP, batch_size=2).score(samples)
+    scorer = FiniteDifferenceScorer(
+        vlm, targets, steppable, rule=StepRule("sgd"), step=STEP, batch_size=2, share_vision=True
+    )
+    found = scorer.score(samples)
+    assert found.loss_N == pytest.approx(exact.loss_N, abs=1e-5)
+    for g in range(2):
+        size = np.abs(exact.utility_NG[:, g]).max()
+        assert found.utility_NG[:, g] == pytest.approx(exact.utility_NG[:, g], abs=0.01 * size)
 
 
 def test_every_trainable_linear_layer_of_the_decoder_is_tapped(tapped):

@@ -10,7 +10,7 @@ from datalloy.scorers.one_step import ExactScorer
 from datalloy.scorers.replay import Replay, stepped_forward
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments
 from datalloy.scorers.tail import TailScorer
-from datalloy.scorers.taps import Taps
+from datalloy.scorers.taps import Reading, Taps
 from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM
 from drawn import draw_samples
@@ -70,9 +70,10 @@ def test_a_stepped_layer_computes_with_each_samples_own_weight(rows, bias):
     linear, inputs, moved = torch.nn.Linear(64, 48, bias=bias), torch.randn(3, 5, 64), torch.randn(3, 5, 48)
     row_NI = torch.randn(3 * rows, 1, 64)
     with torch.no_grad():
-        found = stepped_forward(linear, inputs, moved, None)(row_NI)
-        for b in range(3):
-            weight = linear.weight - sum(torch.outer(moved[b, t], inputs[b, t]) for t in range(5))
+        reading = Reading(torch.zeros(3), [inputs], [moved])
+        found = stepped_forward(linear, reading, 0, torch.tensor([0.5, 1, 2]))(row_NI)
+        for b, size in enumerate((0.5, 1, 2)):
+            weight = linear.weight - size * sum(torch.outer(moved[b, t], inputs[b, t]) for t in range(5))
             mine = slice(b * rows, (b + 1) * rows)
             expected = torch.nn.functional.linear(row_NI[mine], weight, linear.bias)
             torch.testing.assert_close(found[mine], expected, rtol=0, atol=1e-4)

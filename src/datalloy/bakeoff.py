@@ -9,8 +9,11 @@ where every arm falls below it, the pool does harm, and that is said.
 Judged by the mean loss alone the race went wrong: a few items with a confident wrong answer decide it, and arms that
 make most answers better lose (docs/decisions.md).
 
-Two rounds: all arms run briefly; those that paired statistics do not rule out run again, from the start, three
-times as long. The two reference arms always reach the last round, so that the winner's margin over each is measured.
+Three rounds: all arms run briefly; those that paired statistics do not rule out run again, from the start, three times
+as long, and the best two of them, unless one is ruled out, three times as long again. Long runs are what the decision
+needs: a small clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do
+their harm late. The two reference arms always reach the second round, so that the winner's margin over each is
+measured at equal compute. Where the budget is too small for three rounds there are two.
 """
 
 import logging
@@ -24,8 +27,9 @@ from datalloy.uncertainty import Interval, paired_interval
 
 log = logging.getLogger(__name__)
 
-FINALISTS = 3  # beside the reference arms
-LAST_ROUND = 3  # times as long as the first
+SECOND_ROUND = 3  # arms beside the reference arms
+LAST_ROUND = 2  # arms
+LONGER = 3  # times the steps of the round before
 MIN_STEPS = 4  # of the first round; fewer tell nothing
 RULED_OUT_CONFIDENCE = 0.9
 
@@ -102,33 +106,58 @@ def race(
     budget is too small to tell arms apart, ModelError when the values after a run are not finite. The order of `arms`
     does not matter: ties go by name.
     """
-    references = [arm for arm in arms if is_reference(arm)]
-    runs = len(arms) + LAST_ROUND * min(len(references) + FINALISTS, len(arms))  # in units of the first round's steps
-    steps = min(budget_steps // runs, longest_steps // LAST_ROUND)
-    if steps < MIN_STEPS:
-        raise RecipeError(
-            f"the bake-off of {len(arms)} arms needs {MIN_STEPS * runs} training steps in all, select.bakeoff_epochs "
-            f"allows {budget_steps}; it needs a final training of {MIN_STEPS * LAST_ROUND} steps, train.samples or "
-            f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
-            "select.bakeoff_fractions, or set score.method and select.keep_fraction"
-        )
-    first = _run_all(arms, run_arm, steps, 1)
-    contenders = _not_ruled_out(first, weight_V, seed)
-    finalists = references + [arm for arm in contenders if not is_reference(arm)][:FINALISTS]
-    log.info("bake-off: %d of %d arms go on: %s", len(finalists), len(arms), ", ".join(a.name for a in finalists))
-    final = _run_all(finalists, run_arm, LAST_ROUND * steps, 2)
-    winner, *others = _ranked(final, weight_V)
+    lengths = _plan(arms, budget_steps, longest_steps)
+    rounds: list[dict[Arm, np.ndarray]] = []
+    going = list(arms)
+    for number, length in enumerate(lengths, start=1):
+        rounds.append(_run_all(going, run_arm, length, number))
+        contenders = _not_ruled_out(rounds[-1], weight_V, seed)
+        if number == 1:
+            going = [arm for arm in arms if is_reference(arm)]
+            going += [arm for arm in contenders if not is_reference(arm)][:SECOND_ROUND]
+            log.info("bake-off: %d of %d arms go on: %s", len(going), len(arms), ", ".join(a.name for a in going))
+        else:
+            going = contenders[:LAST_ROUND]
+            if len(going) == 1:
+                break
+    winner, *_ = _ranked(rounds[-1], weight_V)
     return Outcome(
         winner=winner,
-        margins=tuple(_margin(arm.name, final[arm], final[winner], weight_V, seed) for arm in others),
-        over_base=_margin("the base", base_V, final[winner], weight_V, seed),
+        margins=_margins(winner, rounds[1:], weight_V, seed),
+        over_base=_margin("the base", base_V, rounds[-1][winner], weight_V, seed),
         results=tuple(
             Result(arm, number, length, float(value_V @ weight_V))
-            for number, length, values in ((1, steps, first), (2, LAST_ROUND * steps, final))
+            for number, (length, values) in enumerate(zip(lengths, rounds, strict=False), start=1)
             for arm, value_V in values.items()
         ),
-        steps_spent=steps * len(first) + LAST_ROUND * steps * len(final),
+        steps_spent=sum(length * len(values) for length, values in zip(lengths, rounds, strict=False)),
     )
+
+
+def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> list[int]:
+    """Steps of a run in each round: three rounds where they are affordable, else two. Raises RecipeError."""
+    sizes = (len(arms), min(sum(map(is_reference, arms)) + SECOND_ROUND, len(arms)), LAST_ROUND)
+    for rounds in (3, 2):
+        longer = [LONGER**i for i in range(rounds)]
+        units = sum(size * length for size, length in zip(sizes, longer, strict=False))
+        steps = min(budget_steps // units, longest_steps // longer[-1])
+        if steps >= MIN_STEPS:
+            return [steps * length for length in longer]
+    raise RecipeError(
+        f"the bake-off of {len(arms)} arms needs {MIN_STEPS * units} training steps in all, select.bakeoff_epochs "
+        f"allows {budget_steps}; it needs a final training of {MIN_STEPS * LONGER} steps, train.samples or "
+        f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
+        "select.bakeoff_fractions, or set score.method and select.keep_fraction"
+    )
+
+
+def _margins(
+    winner: Arm, rounds: Sequence[dict[Arm, np.ndarray]], weight_V: np.ndarray, seed: int
+) -> tuple[Margin, ...]:
+    """The winner over every arm that ran beside it in these rounds, by the longest run of both; smallest first."""
+    latest = {arm: values for values in rounds for arm in values if arm != winner}
+    margins = (_margin(arm.name, values[arm], values[winner], weight_V, seed) for arm, values in latest.items())
+    return tuple(sorted(margins, key=lambda margin: (margin.mean, margin.over)))
 
 
 def _run_all(

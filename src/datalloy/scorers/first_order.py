@@ -4,7 +4,8 @@
 the gradient of any single sample, in two ways:
 
 - finite differences: `[l(z; theta + eps v) - l(z; theta)] / eps` along `v = P grad L_V`, one forward pass of the
-  sample for each target and one for the loss, which comes for free as a baseline score;
+  sample for each target and one for the loss, which all targets share and which is a baseline score for free.
+  Central differences would be exact to the next order of eps at two passes for each target;
 - taps (taps.py): exact, on the decoder's linear layers only, one forward and backward pass for all targets.
 
 Kept for comparison and for very small steps. Training on the top 20 % of this score was far worse than random in
@@ -13,26 +14,32 @@ the prototype (DESIGN 2.3): never a default.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datalloy.errors import RecipeError
+from datalloy.encoding import length_batches
+from datalloy.errors import ModelError, RecipeError
 from datalloy.scorers.one_step import ScoreBlock
 from datalloy.scorers.step import TINY, Steppable, StepRule, inner
 from datalloy.scorers.taps import Taps
 from datalloy.target_items import TargetItems
-from datalloy.vlm import VLM, Encoded
+from datalloy.vlm import VLM, Encoded, VisionFeatures
 
-# Size of the probing displacement relative to the weights: large enough for float32, small enough to be linear. On the
-# embedded model's architecture Spearman with the exact product is 0.95 at 1e-3, 0.999 at 1e-4, 1.000 at 3e-5; at 1e-5
-# rounding begins to show.
-RELATIVE_EPSILON = 3e-5
+# Size of the probing displacement relative to the weights: large enough for float32, small enough to be linear. Worst
+# Spearman with the exact product over four models (tests and benchmarks/peers.py): EPSNOTE
+RELATIVE_EPSILON = 1e-4
 
 
 class FiniteDifferenceScorer:
-    """Directional derivatives by forward passes alone: any attention kernel, no activations kept."""
+    """Directional derivatives by forward passes alone: any attention kernel, no activations kept.
+
+    With `share_vision` what the vision tower sees is computed once for the loss and all targets; nothing that
+    `steppable` moves may be in the tower (`vision_stands_still`), or ModelError is raised. Price: the tower's outputs
+    for the samples of one call of `score` are kept while it runs.
+    """
 
     signed = True
 
@@ -45,6 +52,7 @@ class FiniteDifferenceScorer:
         rule: StepRule,
         step: float,
         batch_size: int,
+        share_vision: bool = False,
         relative_epsilon: float = RELATIVE_EPSILON,
     ) -> None:
         if rule.name == "unit_norm":
@@ -52,8 +60,14 @@ class FiniteDifferenceScorer:
                 "score.step_rule unit_norm needs the norm of every sample's gradient, which forward passes do not "
                 "give; use score.method first_order_hooks or exact"
             )
+        # steps are written past the version counters that kept features are guarded by
+        if share_vision and not vision_stands_still(vlm, steppable):
+            raise ModelError(
+                f"the step moves weights in the vision tower of {vlm.name}, so what it sees cannot be kept; use "
+                "share_vision=False"
+            )
         self.vlm, self.steppable, self.step, self.batch_size = vlm, steppable, step, batch_size
-        self.weight_G = items.weight_G
+        self.share_vision, self.weight_G = share_vision, items.weight_G
         parameters = steppable.parameters
         weights_norm = math.sqrt(inner(parameters, parameters))
         self._directions: list[list[Tensor]] = []
@@ -65,18 +79,43 @@ class FiniteDifferenceScorer:
             self._epsilons.append(relative_epsilon * weights_norm / norm)
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
-        batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
-        loss_N = self._losses(batches)
+        pool = _Pool(self.vlm, samples, self.batch_size, share_vision=self.share_vision)
+        loss_N = pool.losses()
         slopes = []
         for direction, epsilon in zip(self._directions, self._epsilons, strict=True):
             with self.steppable.moved(direction, epsilon):
-                slopes.append((self._losses(batches) - loss_N) / epsilon)
+                slopes.append((pool.losses() - loss_N) / epsilon)
         utility_NG = self.step * np.array(slopes).T
         return _block(loss_N, utility_NG, self.weight_G)
 
-    def _losses(self, batches: Sequence[Sequence[Encoded]]) -> np.ndarray:
+
+class _Pool:
+    """Samples laid out once for all passes, so that rounding is the same in each and cancels in differences."""
+
+    def __init__(self, vlm: VLM, samples: Sequence[Encoded], batch_size: int, *, share_vision: bool) -> None:
+        self.vlm = vlm
+        batches = length_batches(samples, batch_size)
+        self._batches = [vlm.collate([samples[i] for i in batch]) for batch in batches]
+        self._restored = np.argsort(np.concatenate(batches))
+        self._vision = VisionFeatures() if share_vision else None
+
+    def losses(self) -> np.ndarray:
+        """Loss of every sample under the model as it is now, [N], in the order given."""
+        losses = []
         with torch.no_grad():
-            return np.concatenate([self.vlm.losses(self.vlm.collate(b)).cpu().double().numpy() for b in batches])
+            for index, batch in enumerate(self._batches):
+                with self._seen(index):
+                    losses.append(self.vlm.losses(batch).cpu().double().numpy())
+        return np.concatenate(losses)[self._restored]
+
+    def _seen(self, index: int) -> AbstractContextManager[None]:
+        return self._vision.reuse(self.vlm, index) if self._vision else nullcontext()
+
+
+def vision_stands_still(vlm: VLM, steppable: Steppable) -> bool:
+    """Whether nothing that `steppable` moves is in the vision tower, connectors inside of it included."""
+    moved = {id(parameter) for parameter in steppable.parameters}
+    return moved.isdisjoint(id(parameter) for parameter in vlm.vision_tower().parameters())
 
 
 class TapScorer:

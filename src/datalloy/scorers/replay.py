@@ -35,7 +35,7 @@ from datalloy.target_items import TargetItems
 from datalloy.vlm import IGNORED, Encoded
 
 TOLERANCE = 1e-3  # nats; rounding gives 1e-6, a wrong replay tenths
-NUMBERS_AT_ONCE = 1 << 24  # of the hidden states of items times samples; beyond it more samples at once are no faster
+NUMBERS_AT_ONCE = 1 << 20  # of the hidden states of items times samples; more at once fall out of the cache
 
 
 class _Call(NamedTuple):
@@ -68,6 +68,7 @@ class Replay:
         self.taps, self.items = taps, items
         self._norm, self._head = taps.vlm.final_norm(), taps.vlm.output_head()
         self._calls, losses = zip(*(self._record(batch) for _, batch in items.batches), strict=True)
+        self._live = [self._find_live(batch) for _, batch in items.batches]
         self._labels = [F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) for _, batch in items.batches]
         self.before_V = items.gather(losses)
         self.samples_at_once = max(1, NUMBERS_AT_ONCE // max(_hidden(*calls[0][:2]).numel() for calls in self._calls))
@@ -94,40 +95,35 @@ class Replay:
         parts = []
         for first in range(0, len(reading.loss_B), self.samples_at_once):
             here = slice(first, first + self.samples_at_once)
-            part = Reading(reading.loss_B[here], *([t[here] for t in tensors] for tensors in reading[1:]))
+            part = reading if self.samples_at_once >= len(reading.loss_B) else reading.part(here)
             parts.append(np.stack([self.before_V - self._stepped_losses(part, rule, step) for step in steps], axis=1))
         return np.concatenate(parts)
 
+    @torch.no_grad()
     def _stepped_losses(self, reading: Reading, rule: StepRule, step: float) -> np.ndarray:
-        with self._stepped(reading, rule, step):
-            return self._all_losses(len(reading.loss_B))
+        """Losses of all items after a step on each sample, [B, V]."""
+        size_B = step * rule_scale(rule, reading, len(self.taps.modules))
+        loss_BV = np.empty((len(size_B), len(self.items.target_V)))
+        for index, (positions, _) in enumerate(self.items.batches):
+            with self._stepped(reading, size_B, rule.root_second_moments, index):
+                loss_BV[:, positions] = self._losses(index, len(size_B)).cpu().double().numpy()
+        return loss_BV
 
     @contextmanager
-    def _stepped(self, reading: Reading, rule: StepRule, step: float) -> Iterator[None]:
-        """Inside, the tapped layers compute with each sample's own weights."""
-        size_B = step * rule_scale(rule, reading)
-        roots = rule.root_second_moments or [None] * len(self.taps.modules)
-        replaced = [(module, vars(module).get("forward")) for module in self.taps.modules]
+    def _stepped(self, reading: Reading, size_B: Tensor, roots: Sequence[Tensor] | None, index: int) -> Iterator[None]:
+        """Inside, the tapped layers compute with each sample's own weights, for the items of one batch."""
+        replaced = [vars(module).get("forward") for module in self.taps.modules]
         try:
-            for module, a, d, root in zip(
-                self.taps.modules, reading.input_BTI, reading.gradient_BTO, roots, strict=True
-            ):
-                vars(module)["forward"] = stepped_forward(module, a, d * size_B[:, None, None], root)
+            for layer, module in enumerate(self.taps.modules):
+                root = roots[layer] if roots else None
+                live = self._live[index].get(layer)
+                vars(module)["forward"] = stepped_forward(module, reading, layer, size_B, root=root, live=live)
             yield
         finally:
-            for module, forward in replaced:
-                if forward is None:
-                    vars(module).pop("forward", None)
-                else:
+            for module, forward in zip(self.taps.modules, replaced, strict=True):
+                vars(module).pop("forward", None)
+                if forward is not None:
                     vars(module)["forward"] = forward
-
-    @torch.no_grad()
-    def _all_losses(self, samples: int) -> np.ndarray:
-        """Losses of all items with the layers as they are now, [samples, V]."""
-        loss_BV = np.empty((samples, len(self.items.target_V)))
-        for index, (positions, _) in enumerate(self.items.batches):
-            loss_BV[:, positions] = self._losses(index, samples).cpu().double().numpy()
-        return loss_BV
 
     def _losses(self, index: int, samples: int) -> Tensor:
         hidden: Any = None
@@ -157,6 +153,16 @@ class Replay:
             recorded.append(_Call(args, kwargs, dims, added if is_added else None))
         return recorded, losses
 
+    def _find_live(self, batch: dict[str, Tensor]) -> dict[int, Tensor]:
+        """For layers of which the answers need few positions only, those positions of the flattened batch.
+
+        Where the loss has no gradient in a layer's output, the output does not matter. So it is with all but the keys
+        and values of the last decoder layer.
+        """
+        _, _, gradients = self.taps.pass_through(batch)
+        masks = {layer: (gradients[layer] != 0).any(dim=2).flatten() for layer in self.taps.last}
+        return {layer: m.nonzero().squeeze(1) for layer, m in masks.items() if 2 * int(m.sum()) < m.numel()}
+
     def _watch(self, batch: dict[str, Tensor]) -> tuple[list[tuple[tuple, dict[str, Any]]], list[Tensor], Tensor]:
         """Arguments and outputs of the layers, and the losses."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
@@ -180,34 +186,49 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def rule_scale(rule: StepRule, reading: Reading) -> Tensor:
+def rule_scale(rule: StepRule, reading: Reading, layers: int) -> Tensor:
     """What the rule multiplies each sample's gradient by, [B]: one over its norm under unit_norm, else one."""
     if rule.name != "unit_norm":
         return torch.ones_like(reading.loss_B)
-    square_B = torch.zeros_like(reading.loss_B)
-    for a, d in zip(reading.input_BTI, reading.gradient_BTO, strict=True):
-        square_B += (d.mT @ a).square().sum((1, 2))
-    return 1 / square_B.sqrt().clamp(min=TINY)
+    square_B = sum(reading.weight_gradient(layer).square().sum((1, 2)) for layer in range(layers))
+    return 1 / torch.as_tensor(square_B).sqrt().clamp(min=TINY)
 
 
 def stepped_forward(
-    linear: nn.Linear, input_BTI: Tensor, moved_BTO: Tensor, root: Tensor | None
+    linear: nn.Linear,
+    reading: Reading,
+    layer: int,
+    size_B: Tensor,
+    *,
+    root: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """The layer's forward for rows of B samples, with the weight for sample b moved by `-moved_b' input_b`."""
-    samples, outs, ins = len(input_BTI), linear.out_features, linear.in_features
+    """The layer's forward for rows of B samples, each with its own weight: moved by a step of its size.
+
+    `root` divides the gradient (Adam's denominators). `live`: the positions of a sample's rows that are needed; the
+    output is zero at the others.
+    """
+    samples, outs, ins = len(size_B), linear.out_features, linear.in_features
 
     def forward(rows: Tensor) -> Tensor:
         row_BRI = rows.reshape(samples, -1, ins)
-        if root is not None or ins * outs < row_BRI.shape[1] * (ins + outs):
-            step_BOI = moved_BTO.mT @ input_BTI
-            weight_BOI = linear.weight - (step_BOI if root is None else step_BOI / root)
-            out_BRO = row_BRI @ weight_BOI.mT
-            if linear.bias is not None:
-                out_BRO += linear.bias
-        else:
-            out_BRO = F.linear(row_BRI, linear.weight, linear.bias)
-            out_BRO -= (row_BRI @ input_BTI.mT) @ moved_BTO
+        if live is None:
+            return compute(row_BRI).reshape(*rows.shape[:-1], outs)
+        out_BRO = row_BRI.new_zeros(samples, row_BRI.shape[1], outs)
+        out_BRO[:, live] = compute(row_BRI[:, live])
         return out_BRO.reshape(*rows.shape[:-1], outs)
+
+    def compute(row_BRI: Tensor) -> Tensor:
+        moved_BTO, input_BTI = -size_B[:, None, None] * reading.output_gradients[layer], reading.inputs[layer]
+        if root is None and ins * outs >= row_BRI.shape[1] * (ins + outs):
+            still_BRO = F.linear(row_BRI, linear.weight, linear.bias)
+            return torch.baddbmm(still_BRO, row_BRI @ input_BTI.mT, moved_BTO)
+        if root is None:
+            weight_BOI = torch.baddbmm(linear.weight, moved_BTO.mT, input_BTI)
+        else:
+            weight_BOI = linear.weight + moved_BTO.mT @ input_BTI / root
+        out_BRO = row_BRI @ weight_BOI.mT
+        return out_BRO if linear.bias is None else out_BRO + linear.bias
 
     return forward
 

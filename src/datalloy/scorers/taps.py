@@ -9,6 +9,7 @@ and norms carry little of the gradient.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,14 +30,23 @@ class Measured(NamedTuple):
     metric_norm_N: np.ndarray
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """A batch read at the taps: losses [B]; for each tapped layer its inputs [B, T, in] and the gradients of its
-    outputs [B, T, out]. Positions at which no sample of the batch has a gradient are left out.
+    outputs [B, T, out]. Positions of the last decoder layer at which no sample has a gradient are left out.
     """
 
     loss_B: Tensor
-    input_BTI: Sequence[Tensor]
-    gradient_BTO: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    output_gradients: Sequence[Tensor]
+
+    def weight_gradient(self, layer: int) -> Tensor:
+        """Each sample's gradient of a tapped weight, [B, out, in]; formed anew each time."""
+        return self.output_gradients[layer].mT @ self.inputs[layer]
+
+    def part(self, samples: slice) -> "Reading":
+        """The reading of some of the samples."""
+        return Reading(self.loss_B[samples], *([t[samples] for t in ts] for ts in (self.inputs, self.output_gradients)))
 
 
 class Taps:
@@ -55,6 +65,10 @@ class Taps:
                 f"{vlm.name} has no trainable parameter in a torch.nn.Linear of its decoder; use score.method exact"
             )
 
+        of_last = set(self.layers[-1].modules())
+        # positions of the modules tapped in the last layer
+        self.last = [i for i, module in enumerate(self.modules) if module in of_last]
+
     def weights(self) -> list[nn.Parameter]:
         return [module.get_parameter("weight") for module in self.modules]
 
@@ -65,8 +79,8 @@ class Taps:
         count = len(reading.loss_B)
         slope_BG = torch.zeros(count, len(directions), dtype=torch.float64)
         norm_B, weighted_B = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-        for layer, (a, d) in enumerate(zip(reading.input_BTI, reading.gradient_BTO, strict=True)):
-            gradient_BW = (d.mT @ a).flatten(1)
+        for layer in range(len(self.modules)):
+            gradient_BW = reading.weight_gradient(layer).flatten(1)
             if directions:
                 along_GW = torch.stack([direction[layer].flatten() for direction in directions])
                 slope_BG += (gradient_BW @ along_GW.T).cpu()
@@ -96,13 +110,20 @@ class Taps:
         totals = [torch.zeros_like(weight) for weight in self.weights()]
         for batch in batches:
             reading = self.read(batch)
-            for total, a, d in zip(totals, reading.input_BTI, reading.gradient_BTO, strict=True):
-                total += (d.mT @ a).square().sum(0)
+            for layer, total in enumerate(totals):
+                total += reading.weight_gradient(layer).square().sum(0)
         count = sum(len(batch) for batch in batches)
         return [total / count for total in totals]
 
     def read(self, samples: Sequence[Encoded]) -> Reading:
         """One pass of a batch, forward through the model and backward through the tapped layers."""
+        loss_B, inputs, gradients = self.pass_through(self.vlm.collate(samples))
+        for i in self.last:
+            inputs[i], gradients[i] = _with_gradient(inputs[i], gradients[i])
+        return Reading(loss_B, inputs, gradients)
+
+    def pass_through(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Losses [B], and for each tapped layer its inputs and the gradients of its outputs at all positions."""
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -113,18 +134,17 @@ class Taps:
         handles += [module.register_forward_hook(remember) for module in self.modules]
         try:
             with torch.no_grad():
-                loss_B = self.vlm.losses(self.vlm.collate(samples))
+                loss_B = self.vlm.losses(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        self._check(calls, len(samples))
+        self._check(calls, len(loss_B))
         # layers are called in another order than they are registered in some families
         called = {module: (taken, output) for module, taken, output in calls}
         inputs, outputs = zip(*(called[module] for module in self.modules), strict=True)
         # the sum, not the mean: each sample's own gradient must not depend on who else is in the batch
         gradients = torch.autograd.grad(loss_B.sum(), outputs)
-        rows = [_with_gradient(a, d) for a, d in zip(inputs, gradients, strict=True)]
-        return Reading(loss_B.detach(), [a for a, _ in rows], [d for _, d in rows])
+        return loss_B.detach(), list(inputs), list(gradients)
 
     def _check(self, calls: Sequence[tuple[nn.Module, Tensor, Tensor]], samples: int) -> None:
         once = len(calls) == len(self.modules) == len({module for module, _, _ in calls})
@@ -144,7 +164,7 @@ def _begin_graph(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _with_gradient(input_BTI: Tensor, gradient_BTO: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the positions that no loss depends on: padding, and in the last layer all but those before answers."""
+    """Without the positions that no loss depends on: in the last layer's query, output and MLP all but a few."""
     present_BT = (gradient_BTO != 0).any(dim=2)
     most = int(present_BT.sum(dim=1).max())
     if most == present_BT.shape[1]:

@@ -55,7 +55,7 @@ evaluation:
   chart-holdout: {path: data/chart.holdout.jsonl, metric: exact_match}
   counting-holdout: {path: data/counting.holdout.jsonl, metric: exact_match}
 score: {method: auto, target_items: 48, probes: 96, warmup_fraction: 0.05}
-select: {keep_fraction: auto, bakeoff_epochs: 8}
+select: {keep_fraction: auto, bakeoff_epochs: 12}
 mixture: {objective: mean, verify_runs: 3}
 train:
   adapter: none
