@@ -532,6 +532,25 @@ def test_a_kill_leaves_no_result_and_the_next_attempt_clears_up(tmp_path, pair, 
     assert file_names(tmp_path / "out") == ["config.json", "model.safetensors"]
 
 
+def test_every_file_is_synced_whole_before_the_result_has_its_name(tmp_path, pair, monkeypatch):
+    """Files are synced as they grow, too, which must not take the place of the last time."""
+    (pair[0] / "tokenizer_config.json").write_text("{}")
+    synced, renamed = {}, []
+    fsync = checkpoints._sync_file
+
+    def watch(path):
+        renamed.append((tmp_path / "out").exists())
+        synced[path.name] = path.read_bytes()
+        fsync(path)
+
+    monkeypatch.setattr(checkpoints, "SPAN", 64)
+    monkeypatch.setattr(checkpoints, "_sync_file", watch)
+    merge_checkpoints(halves(pair), tmp_path / "out")
+    assert synced == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(renamed) > len(synced)
+    assert not any(renamed)
+
+
 def test_two_processes_do_not_write_one_result(tmp_path, pair):
     (tmp_path / ".out.partial").mkdir()
     other = os.open(tmp_path / ".out.partial", os.O_RDONLY)

@@ -1,7 +1,10 @@
+import threading
+
+import pytest
 import torch
 
 from datalloy.encoding import EncodedSamples
-from datalloy.vlm import Encoded
+from datalloy.vlm import Encoded, EncodeError
 from drawn import draw_samples
 
 ITEM_BYTES = 2 * 8 * 10  # inputs and labels of ten tokens
@@ -80,6 +83,45 @@ def test_a_pick_encodes_when_asked_for_in_its_own_order():
     assert [number(item) for item in picked[1:]] == [1, 5]
     assert number(picked[-1]) == 5
     assert [sample for sample, _ in vlm.asked] == [1, 5]
+
+
+def test_what_is_read_ahead_is_encoded_once_and_elsewhere():
+    vlm, encoded = encoded_numbers()
+    names = []
+    encode = vlm.encode
+    vlm.encode = lambda *args, **options: names.append(threading.current_thread().name) or encode(*args, **options)
+    assert number(encoded[1]) == 1
+    encoded.read_ahead(range(4))
+    encoded.read_ahead(range(4))
+    assert [number(encoded[index]) for index in (3, 0, 1, 2, 5)] == [3, 0, 1, 2, 5]
+    assert sorted(sample for sample, _ in vlm.asked) == [0, 1, 2, 3, 5]
+    assert [name.startswith("encode") for name in names] == [False, True, True, True, False]
+
+
+def test_a_sample_that_cannot_be_read_ahead_fails_where_it_is_asked_for():
+    vlm, encoded = encoded_numbers()
+    encode = vlm.encode
+
+    def failing(sample, *, max_tokens):
+        if sample == 2:
+            raise EncodeError("too_long", "sample 2")
+        return encode(sample, max_tokens=max_tokens)
+
+    vlm.encode = failing
+    encoded.read_ahead(range(4))
+    assert number(encoded[3]) == 3
+    with pytest.raises(EncodeError, match="sample 2"):
+        encoded[2]
+
+
+def test_two_threads_may_encode_with_one_processor(proxy):
+    samples = draw_samples(24)
+    expected = [proxy.encode(sample).labels for sample in samples]
+    encoded = EncodedSamples(proxy.copy(), samples, max_tokens=64)
+    encoded.read_ahead(range(24))
+    beside = [proxy.encode(sample).labels for sample in samples]
+    assert all(a.equal(b) for a, b in zip(beside, expected, strict=True))
+    assert all(item.labels.equal(b) for item, b in zip(encoded, expected, strict=True))
 
 
 def test_encoded_samples_are_what_the_model_gives(proxy):

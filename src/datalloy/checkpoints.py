@@ -673,7 +673,7 @@ def _write_tensors(layout: _Checkpoint, source: _Source, folder: Path) -> None:
     def write_span(span: tuple[str, int, int]) -> Path:
         key, start, stop = span
         stored = layout.tensors[key]
-        with (folder / stored.file.name).open("r+b", buffering=0) as file:
+        with (folder / stored.file.name).open("r+b") as file:
             file.seek(stored.start + start)
             for block in source.blocks(key, start, stop):
                 file.write(block)

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import threading
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ class VLM:
     name: str
     folder: Path  # where the processor's files are
     chat: ChatFormat = field(repr=False)
+    # tokenizers keep settings of the call under way in themselves; copies share the processor, hence the lock
+    _processing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def load(cls, path: str, *, device: str = "auto", dtype: str = "float32") -> "VLM":
@@ -496,13 +499,14 @@ class VLM:
                 raise _refuse(sample, "image_unreadable", f"the unreadable image {image}: {error}") from error
         starts_with_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         try:
-            features = self.processor(
-                text=[text],
-                images=[pictures] if pictures else None,
-                add_special_tokens=not starts_with_bos,  # or there would be two
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-            )
+            with self._processing:
+                features = self.processor(
+                    text=[text],
+                    images=[pictures] if pictures else None,
+                    add_special_tokens=not starts_with_bos,  # or there would be two
+                    return_offsets_mapping=True,
+                    return_text_replacement_offsets=True,
+                )
         except ValueError as error:
             raise _refuse(sample, "image_refused", f"images that the model's processor refuses: {error}") from error
         (offsets,) = features.pop("offset_mapping")

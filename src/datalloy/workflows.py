@@ -313,6 +313,8 @@ class Workflow:
             unit, path = f"scores/{method}/{number:05d}", self.run.path(f"scores/{method}/{number:05d}.parquet")
             if self.run.finished(unit) is None:
                 scorer = scorer or self._scorer(method)
+                if number + 1 < len(shards):
+                    self._encoded_pool.read_ahead(shards[number + 1])
                 self._score_rows(scorer, shard, method).write(path)
                 self.run.commit(unit, [path])
         parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
