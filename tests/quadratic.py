@@ -34,8 +34,8 @@ class Quadratic:
     def collate(self, points: Sequence[Point]) -> dict[str, Tensor]:
         return {"x": torch.tensor([p.x for p in points]), "y": torch.tensor([p.y for p in points])}
 
-    def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        return (batch["x"] @ self.weight - batch["y"]) ** 2 / 2
+    def losses(self, batch: dict[str, Tensor], *, dtype: torch.dtype = torch.float32) -> Tensor:
+        return ((batch["x"] @ self.weight - batch["y"]) ** 2 / 2).to(dtype)
 
     def scorer(self, *targets: Sequence[Point], rule: StepRule = SGD, step: float = 1.0) -> OneStepScorer:
         """Exact utility for targets of equal weight."""

@@ -76,7 +76,8 @@ def _stages(
         flops = {
             "exact": pool * (step + used * forward),
             "tail": pool * (step + used * forward * recipe.score.tail_layers / 8),
-            "calibrated": pool * 1.5 * step,
+            # measured (docs/performance.md): reading gradients, then each item replayed
+            "calibrated": pool * (0.9 + 0.3 * recipe.score.replayed_items) * step,
             "first_order": pool * (1 + len(recipe.targets)) * forward,
             "first_order_hooks": pool * step,
             "loss": pool * forward,

@@ -251,10 +251,10 @@ class VLM:
         labels = _pad_tokens([item.labels for item in encoded], IGNORED, side="right")
         return batch | {"labels": labels.to(self.device)}
 
-    def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross entropy of each sample over its supervised tokens, in nats; [B] float32, differentiable.
+    def losses(self, batch: dict[str, Tensor], *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Mean cross entropy of each sample over its supervised tokens, in nats; [B] of `dtype`, differentiable.
 
-        Logits are made only for columns in which some sample is supervised, and float32 only where it is: the
+        Logits are made only for columns in which some sample is supervised, and of `dtype` only where it is: the
         vocabulary is the largest dimension of all and most of a batch is images and padding.
         """
         targets_BT = batch["labels"][:, 1:]
@@ -263,7 +263,7 @@ class VLM:
         logits = self.model(**inputs, logits_to_keep=columns, use_cache=False).logits
         targets_BT = targets_BT[:, columns]
         supervised_BT = targets_BT != IGNORED
-        token_losses = cross_entropy(logits[supervised_BT].float(), targets_BT[supervised_BT], reduction="none")
+        token_losses = cross_entropy(logits[supervised_BT].to(dtype), targets_BT[supervised_BT], reduction="none")
         token_losses_BT = token_losses.new_zeros(targets_BT.shape).masked_scatter(supervised_BT, token_losses)
         return token_losses_BT.sum(dim=1) / supervised_BT.sum(dim=1)
 

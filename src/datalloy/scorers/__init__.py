@@ -17,7 +17,7 @@ from datalloy.config import Score
 from datalloy.errors import AgreementError
 from datalloy.scorers.baselines import BASELINES, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
-from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer
+from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
@@ -155,7 +155,15 @@ def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes:
         return TapScorer(vlm, items, rule=StepRule(settings.step_rule), step=step, batch_size=settings.batch_size)
     steppable = Steppable(scoped_parameters(vlm, settings.scope, freeze_vision=inputs.freeze_vision))
     rule = _rule(inputs, steppable.parameters)
-    return FiniteDifferenceScorer(vlm, items, steppable, rule=rule, step=step, batch_size=settings.batch_size)
+    return FiniteDifferenceScorer(
+        vlm,
+        items,
+        steppable,
+        rule=rule,
+        step=step,
+        batch_size=settings.batch_size,
+        share_vision=vision_stands_still(vlm, steppable),
+    )
 
 
 def _replayed(inputs: ScoringInputs) -> TargetItems | None:
