@@ -3,6 +3,8 @@
 #   make demo     the main job on the embedded model and a drawn pool: a table, and the path of a report
 #   make test     all tests
 #   make check    lint, format and types
+#   make bench    every figure of docs/performance.md (some three hours of one core); the peers are measured where
+#                 MERGEKIT=path/to/mergekit-yaml and PEERS=bin-folder-with-bergson-and-kronfluence are given
 #   make packs    the example recipe on real data: make packs DATA=folder with the unpacked packs
 #   make tiny     train the embedded model again, from scratch (over an hour of one core)
 #
@@ -13,7 +15,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check packs tiny wheel clean
+.PHONY: setup demo test check bench packs tiny wheel clean
 
 setup: $(VENV)/.datalloy-installed
 
@@ -31,6 +33,15 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/trained.py --worlds noisy
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python experiments/candidate_cost.py --out experiments/results/candidate_cost.json
+	$(BIN)/python benchmarks/merging.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) --out benchmarks/results/merging.json
+	$(if $(PEERS),$(PEERS),$(BIN))/python benchmarks/peers.py --out benchmarks/results/peers.json
 
 packs: setup
 	@test -n "$(DATA)" || { echo "usage: make packs DATA=folder-with-the-unpacked-packs"; exit 2; }

@@ -157,7 +157,8 @@ def measure(name: str, shrink: int, device: str, count: int, batch: int) -> dict
         parameters = sum(p.numel() for p in vlm.model.parameters())
         peaks = {d: matrix_peak(clock, vlm.device, getattr(torch, d)) for d in ("float32", "bfloat16")}
         batches = [[encoded[i] for i in chunk] for chunk in length_batches(encoded, batch)]
-        targets = {"a": encoded[:16], "b": encoded[16:32]}
+        half = min(16, count // 2)
+        targets = {"a": encoded[:half], "b": encoded[half : 2 * half]}
         items = TargetItems.lay_out(vlm, targets, dict.fromkeys(targets, 1.0), items_per_batch=batch)
         stages = _stages(vlm, batches, items, encoded[0])
         rows = []
