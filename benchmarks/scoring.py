@@ -65,7 +65,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def measure(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+def measure(name: str, seed: int, folder: Path, labels: Sequence[str]) -> list[dict[str, Any]]:
     vlm = models.load(name, folder / name)
     pool, targets = draw(vlm, folder / f"{name}-{seed}", seed)
     probes, held_out, timed = pool[:PROBES], pool[PROBES : PROBES + HELD_OUT], pool[PROBES + HELD_OUT :]
@@ -77,19 +77,20 @@ def measure(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
         return ScoringInputs(vlm, items, targets, pool[:64], score, freeze_vision=False, train_batch_size=16)
 
     probing: list[Probing] = []
-    probing_seconds = seconds(lambda: probing.append(probe(inputs(), ["tail"], probes)))
+    probing_seconds = seconds(lambda: probing.append(probe(inputs(), ["tail"] if "tail" in labels else [], probes)))
     exact = prepare("exact", inputs(), probing[0], probes)
     exact_N: list[np.ndarray] = []
     exact_seconds = seconds(lambda: exact_N.append(exact.score(held_out).utility_N)) / len(held_out) * len(timed)
     scorers, prepared = {}, {}
-    for label, settings in SCORERS.items():
+    chosen = {label: SCORERS[label] for label in labels}
+    for label, settings in chosen.items():
         more = {k: v for k, v in settings.items() if k != "method"}
         prepared[label] = seconds(
             lambda label=label, more=more, method=settings["method"]: scorers.update(
                 {label: prepare(method, inputs(**more), probing[0], probes)}
             )
         )
-    ratios: dict[str, list[float]] = {label: [] for label in SCORERS}
+    ratios: dict[str, list[float]] = {label: [] for label in labels}
     epochs = []
     for turn in range(TURNS + 1):
         steps = round(len(timed) / TRAIN.batch_size)
@@ -108,11 +109,12 @@ def measure(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
             "prepare": prepared[label] / epoch,
             **agreement(scorers[label].score(held_out).utility_N, exact_N[0], seed),
         }
-        for label in SCORERS
+        for label in labels
         if label != "loss"
     ]
-    rows.append({"scorer": "low_loss", "epochs": float(np.median(ratios["loss"])), "range": None, "prepare": 0.0})
-    rows[-1] |= agreement(-scorers["loss"].score(held_out).loss_N, exact_N[0], seed)
+    if "loss" in labels:
+        rows.append({"scorer": "low_loss", "epochs": float(np.median(ratios["loss"])), "range": None, "prepare": 0.0})
+        rows[-1] |= agreement(-scorers["loss"].score(held_out).loss_N, exact_N[0], seed)
     rows.append({"scorer": "exact", "epochs": exact_seconds / epoch, "range": None, "prepare": 0.0, "spearman": 1.0})
     about = {
         "model": name,
@@ -152,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["embedded", "qwen3_vl", "gemma3"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,7 +165,7 @@ def main() -> None:
         for name in args.models:
             for seed in args.seeds:
                 rows = [row for row in rows if (row["model"], row["seed"]) != (name, seed)]
-                found = measure(name, seed, Path(folder))
+                found = measure(name, seed, Path(folder), args.scorers)
                 rows += [{**row, "commit": commit} for row in found]
                 write_json(args.out, {"rows": rows, "machine": machine, "torch": torch.__version__})
                 print(as_markdown(found), flush=True)
