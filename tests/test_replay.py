@@ -7,7 +7,7 @@ import torch
 import tiny_families
 from datalloy.errors import ModelError
 from datalloy.scorers.one_step import ExactScorer
-from datalloy.scorers.replay import Replay, stepped_forward
+from datalloy.scorers.replay import NUMBERS_AT_ONCE, Replay, stepped_forward
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments
 from datalloy.scorers.tail import TailScorer
 from datalloy.scorers.taps import Reading, Taps
@@ -83,7 +83,7 @@ def test_many_samples_at_once_are_as_few(proxy, items, pool, monkeypatch):
     taps, rule = Taps(proxy), StepRule("sgd")
     reading = taps.read(pool[:5])
     expected = Replay(taps, items, pool[0]).falls(reading, rule, (0.1, 0.3))
-    monkeypatch.setattr("datalloy.scorers.replay.NUMBERS_AT_ONCE", 1)
+    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", 1)
     one_by_one = Replay(taps, items, pool[0])
     assert one_by_one.samples_at_once == 1
     assert one_by_one.falls(reading, rule, (0.1, 0.3)) == pytest.approx(expected, abs=ROUNDING)

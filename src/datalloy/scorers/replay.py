@@ -35,7 +35,8 @@ from datalloy.target_items import TargetItems
 from datalloy.vlm import IGNORED, Encoded
 
 TOLERANCE = 1e-3  # nats; rounding gives 1e-6, a wrong replay tenths
-NUMBERS_AT_ONCE = 1 << 20  # of the hidden states of items times samples; more at once fall out of the cache
+# of the hidden states of items times samples: more at once fall out of a processor's cache, or fill an accelerator
+NUMBERS_AT_ONCE = {"cpu": 1 << 20, "elsewhere": 1 << 26}
 
 
 class _Call(NamedTuple):
@@ -71,7 +72,8 @@ class Replay:
         self._live = [self._find_live(batch) for _, batch in items.batches]
         self._labels = [F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) for _, batch in items.batches]
         self.before_V = items.gather(losses)
-        self.samples_at_once = max(1, NUMBERS_AT_ONCE // max(_hidden(*calls[0][:2]).numel() for calls in self._calls))
+        most = NUMBERS_AT_ONCE["cpu" if taps.vlm.device.type == "cpu" else "elsewhere"]
+        self.samples_at_once = max(1, most // max(_hidden(*calls[0][:2]).numel() for calls in self._calls))
         self._check(check)
 
     def _check(self, sample: Encoded) -> None:
