@@ -34,7 +34,7 @@ def make_inputs(vlm, items, targets, pool, **settings):
 
 @pytest.fixture(scope="module")
 def inputs(proxy, items, targets, pool):
-    return make_inputs(proxy, items, targets, pool, min_agreement=0.1, seed=3)
+    return make_inputs(proxy, items, targets, pool, min_agreement=0.1, replayed_items=3, seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ class Score(Section):
         96, description="Samples scored exactly, to choose the step and to fit and check cheap scores."
     )
     replayed_items: Annotated[int, Field(ge=0)] = Field(
-        3, description="Target items in all that calibrated measures after a real step on each sample; 0: none."
+        0, description="Target items in all that calibrated also measures after a real step on each sample."
     )
     min_agreement: Fraction = Field(
         0.6, description="calibrated refuses when its held-out Spearman with exact on the probes is lower."

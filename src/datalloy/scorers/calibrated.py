@@ -1,10 +1,10 @@
 """Samples in, predicted finite-step utilities out: cheap features fitted to a few exact probes.
 
 One forward and backward pass a sample gives its loss, its slope along every target's gradient, the norm of its
-gradient, plain and weighted by the targets' Fisher diagonal (the second-order term of a step), and its length. What
-no expansion around a point tells, the finite step does: the falls of a few target items' losses after a real step on
-the decoder's linear layers (`Replay`). A ridge regression on these features and their products is fitted to the exact
-utilities of the probes. Which few items hardly matters (docs/performance.md), so they are the first of each target.
+gradient, plain and weighted by the targets' Fisher diagonal (the second-order term of a step), and its length. Where
+asked for, also what no expansion around a point tells: the falls of a few target items' losses after a real step on the
+decoder's linear layers (`Replay`); which items hardly matters, so they are the first of each target. A ridge
+regression on these features and their products is fitted to the exact utilities of the probes.
 
 It always says how well it agrees with exact on probes that it was not fitted to, and refuses below a threshold.
 Agreement of ranks alone does not promise a good subset (DESIGN 2.3): the bake-off decides.
