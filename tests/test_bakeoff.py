@@ -54,17 +54,16 @@ def test_keeping_everything_wins_when_selection_harms():
 
 
 def test_margins_tell_how_much_better_the_winner_does():
-    outcome = run(Track({TAIL: 0.02, RANDOM: 0.01}, noise=0.0), budget_steps=410)  # the second round has 30 steps
-    over_random, over_full = outcome.margins
-    assert (over_random.over, over_full.over) == (RANDOM.name, "full")
-    assert over_random.mean == pytest.approx(0.3)
-    assert over_full.mean == pytest.approx(0.6)
-    assert over_full.interval == pytest.approx((0.6, 0.6))  # the same for every item
+    outcome = run(Track({TAIL: 0.02, RANDOM: 0.01}, noise=0.0), budget_steps=440)  # rounds of 10, 30 and 90 steps
+    margins = {margin.over: margin for margin in outcome.margins}
+    assert margins[RANDOM.name].mean == pytest.approx(0.9)  # by the longest run of both
+    assert margins["full"].mean == pytest.approx(0.6)
+    assert margins["full"].interval == pytest.approx((0.6, 0.6))  # the same for every item
 
 
 def test_the_winner_is_held_against_training_on_nothing():
-    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=410).over_base
-    assert (helped.over, helped.mean) == ("the base", pytest.approx(0.6))
+    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=440).over_base
+    assert (helped.over, helped.mean) == ("the base", pytest.approx(1.8))
     harmed = run(Track(dict.fromkeys(ARMS, -0.02) | {TAIL: -0.01}))
     assert harmed.winner == TAIL
     assert harmed.over_base.interval.high < 0
@@ -97,7 +96,7 @@ def test_items_count_by_their_weight():
     assert run(track, arms, weight_V=first_V).winner == TAIL
 
 
-@pytest.mark.parametrize(("budget_steps", "longest_steps"), [(92, 12), (150, 1000), (997, 1000), (5000, 33)])
+@pytest.mark.parametrize(("budget_steps", "longest_steps"), [(104, 12), (150, 1000), (997, 1000), (5000, 33)])
 def test_neither_the_budget_nor_the_longest_run_is_exceeded(budget_steps, longest_steps):
     track = Track({TAIL: 0.01})
     outcome = run(track, budget_steps=budget_steps, longest_steps=longest_steps)
@@ -108,8 +107,8 @@ def test_neither_the_budget_nor_the_longest_run_is_exceeded(budget_steps, longes
 
 def test_the_budget_is_used_as_far_as_whole_steps_go():
     track = Track({}, noise=1.0)  # nobody is ruled out
-    assert run(track, budget_steps=410).steps_spent == 410  # 8 arms of 10 steps, 5 of 30, 2 of 90
-    assert run(track, budget_steps=138).steps_spent == 138  # 8 arms of 6 steps, 5 of 18: too little for a third round
+    assert run(track, budget_steps=440).steps_spent == 440  # 8 arms of 10 steps, 6 of 30, 2 of 90
+    assert run(track, budget_steps=156).steps_spent == 156  # 8 arms of 6 steps, 6 of 18: too little for a third round
 
 
 def test_all_arms_run_the_same_number_of_steps_in_a_round():
@@ -127,24 +126,17 @@ def test_references_reach_the_second_round_however_bad_they_are():
     assert {"full", RANDOM.name} <= {margin.over for margin in outcome.margins}
 
 
-def test_arms_that_are_ruled_out_run_no_more():
-    track = Track({TAIL: 0.05})
-    run(track)
-    assert {arm for arm, _, number in track.runs if number == 2} == {FULL, RANDOM, TAIL}
-
-
 def test_at_most_so_many_arms_go_on_beside_the_references():
     track = Track(dict.fromkeys(ARMS[2:], 0.05))
     run(track)
     assert len([arm for arm, _, number in track.runs if number == 2 and not is_reference(arm)]) == SECOND_ROUND
 
 
-def test_the_best_two_run_longest_unless_one_is_ruled_out():
-    close, clear = Track({TAIL: 0.02, LOW: 0.02, LONG: 0.01}), Track({TAIL: 0.05, LOW: 0.01})
-    run(close), run(clear)
-    assert {arm for arm, _, number in close.runs if number == 3} == {TAIL, LOW}
+def test_the_best_two_run_longest_however_sure_the_short_runs_are():
+    track = Track({TAIL: 0.05, LOW: 0.01})
+    run(track)
+    assert {arm for arm, _, number in track.runs if number == 3} == {TAIL, LOW}
     assert LAST_ROUND == 2
-    assert not [arm for arm, _, number in clear.runs if number == 3]
 
 
 @pytest.mark.parametrize("overtaken", [1, 2])
@@ -181,7 +173,7 @@ def test_the_same_seed_gives_the_same_outcome():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"budget_steps": 91}, r"8 arms needs 92 training steps.*select\.bakeoff_epochs allows 91"),
+        ({"budget_steps": 103}, r"8 arms needs 104 training steps.*select\.bakeoff_epochs allows 103"),
         ({"longest_steps": 11}, r"final training of 12 steps, train\.samples or train\.epochs give 11"),
     ],
 )

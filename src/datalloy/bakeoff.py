@@ -9,11 +9,11 @@ where every arm falls below it, the pool does harm, and that is said.
 Judged by the mean loss alone the race went wrong: a few items with a confident wrong answer decide it, and arms that
 make most answers better lose (docs/decisions.md).
 
-Three rounds: all arms run briefly; those that paired statistics do not rule out run again, from the start, three times
-as long, and the best two of them, unless one is ruled out, three times as long again. Long runs are what the decision
-needs: a small clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do
-their harm late. The two reference arms always reach the second round, so that the winner's margin over each is
-measured at equal compute. Where the budget is too small for three rounds there are two.
+Three rounds: all arms run briefly; the best four and the two reference arms run again, from the start, three times as
+long, so that the winner's margin over each is measured at equal compute; the best two of these three times as long
+again. Long runs are what the decision needs: a small clean selection leads at first and is overtaken when it has been
+repeated often, and wrong answers do their harm late. So no arm is ruled out by how sure a short run is of it. Where the
+budget is too small for three rounds there are two.
 """
 
 import logging
@@ -27,11 +27,10 @@ from datalloy.uncertainty import Interval, paired_interval
 
 log = logging.getLogger(__name__)
 
-SECOND_ROUND = 3  # arms beside the reference arms
+SECOND_ROUND = 4  # arms beside the reference arms
 LAST_ROUND = 2  # arms
 LONGER = 3  # times the steps of the round before
 MIN_STEPS = 4  # of the first round; fewer tell nothing
-RULED_OUT_CONFIDENCE = 0.9
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,13 @@ def race(
     going = list(arms)
     for number, length in enumerate(lengths, start=1):
         rounds.append(_run_all(going, run_arm, length, number))
-        contenders = _not_ruled_out(rounds[-1], weight_V, seed)
+        ranked = _ranked(rounds[-1], weight_V)
         if number == 1:
             going = [arm for arm in arms if is_reference(arm)]
-            going += [arm for arm in contenders if not is_reference(arm)][:SECOND_ROUND]
-            log.info("bake-off: %d of %d arms go on: %s", len(going), len(arms), ", ".join(a.name for a in going))
+            going += [arm for arm in ranked if not is_reference(arm)][:SECOND_ROUND]
         else:
-            going = contenders[:LAST_ROUND]
-            if len(going) == 1:
-                break
+            going = ranked[:LAST_ROUND]
+        log.info("bake-off: best after %d steps: %s", length, ", ".join(arm.name for arm in ranked[:SECOND_ROUND]))
     winner, *_ = _ranked(rounds[-1], weight_V)
     return Outcome(
         winner=winner,
@@ -127,10 +124,10 @@ def race(
         over_base=_margin("the base", base_V, rounds[-1][winner], weight_V, seed),
         results=tuple(
             Result(arm, number, length, float(value_V @ weight_V))
-            for number, (length, values) in enumerate(zip(lengths, rounds, strict=False), start=1)
+            for number, (length, values) in enumerate(zip(lengths, rounds, strict=True), start=1)
             for arm, value_V in values.items()
         ),
-        steps_spent=sum(length * len(values) for length, values in zip(lengths, rounds, strict=False)),
+        steps_spent=sum(length * len(values) for length, values in zip(lengths, rounds, strict=True)),
     )
 
 
@@ -177,21 +174,6 @@ def _run_all(
 def _ranked(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> list[Arm]:
     """Best first."""
     return sorted(values, key=lambda arm: (-float(values[arm] @ weight_V), arm.name))
-
-
-def _not_ruled_out(values: dict[Arm, np.ndarray], weight_V: np.ndarray, seed: int) -> list[Arm]:
-    """Arms, best first, whose paired value is not beyond its interval below that of the best arm."""
-    ranked = _ranked(values, weight_V)
-    best = values[ranked[0]]
-    scale = weight_V * len(weight_V)
-    return [
-        arm
-        for arm in ranked
-        if paired_interval(
-            best * scale, values[arm] * scale, confidence=RULED_OUT_CONFIDENCE, resamples=1000, seed=seed
-        ).low
-        <= 0
-    ]
 
 
 def _margin(over: str, value_V: np.ndarray, winner_V: np.ndarray, weight_V: np.ndarray, seed: int) -> Margin:
