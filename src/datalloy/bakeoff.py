@@ -12,8 +12,9 @@ make most answers better lose (docs/decisions.md).
 Three rounds: all arms run briefly; the best four and the two reference arms run again, from the start, three times as
 long, so that the winner's margin over each is measured at equal compute; the best two of these three times as long
 again. Long runs are what the decision needs: a small clean selection leads at first and is overtaken when it has been
-repeated often, and wrong answers do their harm late. So no arm is ruled out by how sure a short run is of it. Where the
-budget is too small for three rounds there are two.
+repeated often, and wrong answers do their harm late. So no arm is ruled out by how sure a short run is of it, and the
+leader meets its own next larger selection in the last round. Where the budget is too small for three rounds there are
+two.
 """
 
 import logging
@@ -28,7 +29,7 @@ from datalloy.uncertainty import Interval, paired_interval
 log = logging.getLogger(__name__)
 
 SECOND_ROUND = 4  # arms beside the reference arms
-LAST_ROUND = 2  # arms
+LAST_ROUND = 3  # arms: the best two, and the leader's scorer at its next larger fraction
 LONGER = 3  # times the steps of the round before
 MIN_STEPS = 4  # of the first round; fewer tell nothing
 
@@ -115,7 +116,7 @@ def race(
             going = [arm for arm in arms if is_reference(arm)]
             going += [arm for arm in ranked if not is_reference(arm)][:SECOND_ROUND]
         else:
-            going = ranked[:LAST_ROUND]
+            going = _last_round(ranked, arms)
         log.info("bake-off: best after %d steps: %s", length, ", ".join(arm.name for arm in ranked[:SECOND_ROUND]))
     winner, *_ = _ranked(rounds[-1], weight_V)
     return Outcome(
@@ -133,7 +134,7 @@ def race(
 
 def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> list[int]:
     """Steps of a run in each round: three rounds where they are affordable, else two. Raises RecipeError."""
-    sizes = (len(arms), min(sum(map(is_reference, arms)) + SECOND_ROUND, len(arms)), LAST_ROUND)
+    sizes = (len(arms), min(sum(map(is_reference, arms)) + SECOND_ROUND, len(arms)), min(LAST_ROUND, len(arms)))
     for rounds in (3, 2):
         longer = [LONGER**i for i in range(rounds)]
         units = sum(size * length for size, length in zip(sizes, longer, strict=False))
@@ -146,6 +147,14 @@ def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> list[in
         f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
         "select.bakeoff_fractions, or set score.method and select.keep_fraction"
     )
+
+
+def _last_round(ranked: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
+    leader, runner_up = ranked[:2]
+    larger = [
+        a for a in arms if (a.scorer, a.within) == (leader.scorer, leader.within) and a.fraction > leader.fraction
+    ]
+    return list(dict.fromkeys([leader, runner_up, *sorted(larger, key=lambda arm: arm.fraction)[:1]]))
 
 
 def _margins(
