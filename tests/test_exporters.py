@@ -136,7 +136,10 @@ def test_a_file_that_lost_rows_is_refused_and_the_old_export_stays(tmp_path, lay
 PACKS = os.environ.get("DATALLOY_PACKS", "")
 
 
-@pytest.mark.skipif(not Path(PACKS).is_dir() or not PACKS, reason="DATALLOY_PACKS names no folder with data packs")
+@pytest.mark.skipif(
+    not Path(PACKS).is_dir() or not PACKS,
+    reason="DATALLOY_PACKS names no folder: set it to one with data packs to test on real data, which is not shipped",
+)
 def test_a_whole_pack_is_exported_as_it_was(tmp_path):
     for path in sorted(Path(PACKS).glob("*/test.jsonl")):
         samples = read_all(DataSource(path=str(path)), path.parent.name)[0]

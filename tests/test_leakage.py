@@ -328,7 +328,10 @@ def test_text_key_keeps_roles_and_turns_apart():
     assert len({text_key(sample) for sample in parts}) == 3
 
 
-@pytest.mark.skipif("DATALLOY_PACKS" not in os.environ, reason="DATALLOY_PACKS names no folder with real packs")
+@pytest.mark.skipif(
+    "DATALLOY_PACKS" not in os.environ,
+    reason="DATALLOY_PACKS names no folder: set it to one with data packs to test on real data, which is not shipped",
+)
 @pytest.mark.parametrize("name", ["handwriting", "photo", "puzzle"])
 def test_published_train_and_test_sets_do_not_leak(name):
     folder = Path(os.environ["DATALLOY_PACKS"]) / name

@@ -594,7 +594,10 @@ def test_readers_are_imported_without_torch():
 PACKS = os.environ.get("DATALLOY_PACKS", "")
 
 
-@pytest.mark.skipif(not Path(PACKS).is_dir() or not PACKS, reason="DATALLOY_PACKS names no folder with data packs")
+@pytest.mark.skipif(
+    not Path(PACKS).is_dir() or not PACKS,
+    reason="DATALLOY_PACKS names no folder: set it to one with data packs to test on real data, which is not shipped",
+)
 def test_real_packs_are_read_without_a_reject():
     files = sorted(Path(PACKS).glob("*/*.jsonl"))
     assert files

@@ -357,7 +357,10 @@ def test_bfloat16_losses_are_near_float32_losses(checkpoint, mixed):
     torch.testing.assert_close(losses, single_losses(checkpoint.vlm, mixed), rtol=0, atol=0.05)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None,
+    reason="shows that pictures need no torchvision, so it can only run where none is installed",
+)
 def test_pictures_need_no_torchvision(checkpoint, mixed):
     assert checkpoint.vlm.encode(mixed[1]).inputs["pixel_values"].numel() > 0
     assert "torchvision" not in sys.modules

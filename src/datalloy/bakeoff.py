@@ -108,17 +108,12 @@ def race(
     """
     lengths = _plan(arms, budget_steps, longest_steps)
     rounds: list[dict[Arm, np.ndarray]] = []
-    going = list(arms)
-    for number, length in enumerate(lengths, start=1):
-        rounds.append(_run_all(going, run_arm, length, number))
+    ranked: list[Arm] = []
+    for number, (length, choose) in enumerate(zip(lengths, (_all, _second_round, _last_round), strict=False), start=1):
+        rounds.append(_run_all(choose(ranked, arms), run_arm, length, number))
         ranked = _ranked(rounds[-1], weight_V)
-        if number == 1:
-            going = [arm for arm in arms if is_reference(arm)]
-            going += [arm for arm in ranked if not is_reference(arm)][:SECOND_ROUND]
-        else:
-            going = _last_round(ranked, arms)
         log.info("bake-off: best after %d steps: %s", length, ", ".join(arm.name for arm in ranked[:SECOND_ROUND]))
-    winner, *_ = _ranked(rounds[-1], weight_V)
+    winner = ranked[0]
     return Outcome(
         winner=winner,
         margins=_margins(winner, rounds[1:], weight_V, seed),
@@ -147,6 +142,15 @@ def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> list[in
         f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
         "select.bakeoff_fractions, or set score.method and select.keep_fraction"
     )
+
+
+def _all(_: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
+    return list(arms)
+
+
+def _second_round(ranked: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
+    best = [arm for arm in ranked if not is_reference(arm)][:SECOND_ROUND]
+    return [*filter(is_reference, arms), *best]
 
 
 def _last_round(ranked: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
