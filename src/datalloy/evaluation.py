@@ -65,9 +65,14 @@ def answer_losses(vlm: VLM, encoded: Sequence[Encoded], *, batch_size: int) -> n
     return loss_V
 
 
-def answer_probabilities(loss_V: np.ndarray, encoded: Sequence[Encoded]) -> np.ndarray:
+def answer_probabilities(loss_V: np.ndarray, tokens_V: np.ndarray) -> np.ndarray:
     """Probability of each whole answer, [V] in [0, 1], from its loss per token. Tiny for answers of many words."""
-    return np.exp(-loss_V * np.array([item.supervised_tokens for item in encoded]))
+    return np.exp(-loss_V * tokens_V)
+
+
+def count_tokens(encoded: Sequence[Encoded]) -> np.ndarray:
+    """Supervised tokens of each item, [V]."""
+    return np.array([item.supervised_tokens for item in encoded], dtype=int)
 
 
 def without_writing(metric: Metric) -> Metric:
@@ -94,7 +99,7 @@ def evaluate(vlm: VLM, samples: Sequence[Sample], metric: Metric, settings: Eval
         if metric in SCORED:
             encoded = [vlm.encode(sample) for sample in chunk]
             loss_V = answer_losses(vlm, encoded, batch_size=settings.batch_size)
-            values.extend(loss_V if metric == "loss" else answer_probabilities(loss_V, encoded))
+            values.extend(loss_V if metric == "loss" else answer_probabilities(loss_V, count_tokens(encoded)))
         else:
             written = vlm.generate(chunk, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
             values.extend(_mark(answer, sample, metric) for answer, sample in zip(written, chunk, strict=True))
@@ -198,7 +203,7 @@ class _Block:
     scored_V: np.ndarray
     written_V: np.ndarray
     is_loss_S: np.ndarray  # of those that are scored; the others are judged by the answer's probability
-    encoded_S: tuple[Encoded, ...]
+    tokens_S: np.ndarray
     items: TargetItems
     prompts: Prompts
     vision: VisionFeatures | None
@@ -216,14 +221,14 @@ class _Block:
         settings: Evaluate,
         share_vision: bool,
     ) -> "_Block":
-        encoded = tuple(vlm.encode(samples_V[v]) for v in scored_V)
+        encoded = [vlm.encode(samples_V[v]) for v in scored_V]
         size = settings.batch_size
         groups = {"scored": encoded}
         return cls(
             scored_V=scored_V,
             written_V=written_V,
             is_loss_S=is_loss_V[scored_V],
-            encoded_S=encoded,
+            tokens_S=count_tokens(encoded),
             items=TargetItems.lay_out(vlm, groups, {"scored": 1.0}, items_per_batch=size, share_vision=share_vision),
             prompts=vlm.lay_out_prompts([samples_V[v] for v in written_V], size),
             vision=VisionFeatures() if share_vision else None,
@@ -232,7 +237,7 @@ class _Block:
 
     def scores(self, vlm: VLM) -> np.ndarray:
         loss_S = self.items.losses(vlm)
-        return np.where(self.is_loss_S, -loss_S, answer_probabilities(loss_S, self.encoded_S))
+        return np.where(self.is_loss_S, -loss_S, answer_probabilities(loss_S, self.tokens_S))
 
     def answers(self, vlm: VLM) -> list[str]:
         return vlm.write_answers(self.prompts, max_new_tokens=self.max_new_tokens, vision=self.vision)

@@ -37,7 +37,7 @@ from datalloy.calibration import (
 )
 from datalloy.checkpoints import merge_checkpoints
 from datalloy.encoding import EncodedSamples
-from datalloy.evaluation import MetricItems, answer_losses, without_writing
+from datalloy.evaluation import MetricItems, answer_losses, count_tokens, without_writing
 from datalloy.mergeability import Expert, diagnose
 from datalloy.merging import Merge, open_merge
 from datalloy.mixture import Mixture, Spent, materialise, plan_shares, write_candidates
@@ -95,7 +95,7 @@ class MergedModels:
             targets_apart=True,
             by_probability=[name for name in targets if metrics[name] != "loss"],
         )
-        self._tokens_V = np.array([item.supervised_tokens for group in encoded.values() for item in group])
+        self._tokens_V = count_tokens([item for group in encoded.values() for item in group])
         self._items = lay_out_items(merge.vlm, run, targets, metric, share_vision=shared)
         self.names, self.targets = merge.names, tuple(targets)
         self.target_V, self.block_V = self._items.target_V, self._items.block_V
