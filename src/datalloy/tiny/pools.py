@@ -30,8 +30,8 @@ class PoolPlan:
     """How much of what is drawn.
 
     `samples`: per domain (a domain is a skill). `faults`: share of each fault in every domain. `hard`: share of
-    hard questions among the pool's questions and among the targets'. `targets`: skills with a target, each with
-    `target_items` target and `holdout_items` held-out questions.
+    hard questions among the pool's questions, and among the targets' and the held-out ones unless `target_hard` says
+    otherwise. `targets`: skills with a target, each with `target_items` target and `holdout_items` held-out questions.
     """
 
     samples: Mapping[str, int] = field(default_factory=lambda: {"chart": 240, "counting": 240, "table": 240})
@@ -45,6 +45,7 @@ class PoolPlan:
         }
     )
     hard: float = 0.4
+    target_hard: float | None = None
     targets: Sequence[str] = ("chart", "counting")
     target_items: int = 48
     holdout_items: int = 200
@@ -61,10 +62,11 @@ def write_pool(folder: Path, plan: PoolPlan, seed: int) -> None:
         rows, labels = _draw_domain(folder, skill, count, plan, random.Random(f"{seed}-pool-{skill}"))
         _write_lines(folder / f"{skill}.jsonl", rows)
         truths += labels
+    target_hard = plan.hard if plan.target_hard is None else plan.target_hard
     for skill in plan.targets:
         for kind, count in (("target", plan.target_items), ("holdout", plan.holdout_items)):
             rng = random.Random(f"{seed}-{kind}-{skill}")
-            rows = [_clean_row(folder, f"{kind}-{skill}-{i:05d}", skill, plan.hard, rng)[0] for i in range(count)]
+            rows = [_clean_row(folder, f"{kind}-{skill}-{i:05d}", skill, target_hard, rng)[0] for i in range(count)]
             _write_lines(folder / f"{skill}.{kind}.jsonl", rows)
     _write_lines(folder / "truth.jsonl", truths)
 
