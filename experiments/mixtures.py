@@ -1,13 +1,17 @@
 """Do merged models rank mixtures as training on them does? Worlds and seeds in, agreement, regret and costs out.
 
     python experiments/mixtures.py --world drawn3 --seeds 0 1 2
+    python experiments/mixtures.py --world two_of_three --seeds 0 1 2 --retrained
     python experiments/mixtures.py --world packs --data FOLDER_WITH_UNPACKED_PACKS --seeds 0 1 2
 
-After the mixture paper's tables (arXiv 2602.04937): for K = 3 the 21 inner points of the lattice of step 1/8, for K = 4
-twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for as many steps as
-the experts and compared with the merge at its weights, by answer loss and by exact match on the same target items.
-Beside it `datalloy verify` runs as a user would run it, with three real runs of its own, and its pick is held against
-the best of the grid. Resumable: run the same command again. One JSON a world in experiments/results.
+After the mixture paper's tables (arXiv 2602.04937): for K = 2 and 3 the 7 and 21 inner points of the lattice of step 1/8,
+for K = 4 twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for as many
+steps as the experts and compared with the merge at its weights, by answer loss, by the probability of the right answer
+and by exact match on the same target items. Beside it `datalloy verify` runs as a user would run it, with three real
+runs of its own, and its pick is held against the best of the grid. In the worlds `two_of_...` only two of the domains
+have a target, so that there is something to find. `--retrained` trains everything a second time from another seed
+on the same pool: how far one training agrees with the next is the most that any prediction can reach. Resumable: run
+the same command again. One JSON a world in experiments/results; mixture_curves.py goes on from the run folders.
 """
 
 import argparse
@@ -35,19 +39,26 @@ from datalloy.uncertainty import mixture_agreement, resampled_means, top_1_regre
 from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
+TWO = ("chart", "counting")
+# domains, and which of them have a target
 DRAWN = {
-    "drawn3": ("chart", "counting", "table"),
-    "drawn4": ("arithmetic", "chart", "counting", "table"),
+    "drawn2": (TWO, TWO),
+    "drawn3": ((*TWO, "table"), (*TWO, "table")),
+    "drawn4": (("arithmetic", *TWO, "table"), ("arithmetic", *TWO, "table")),
+    "two_of_three": ((*TWO, "table"), TWO),
+    "two_of_four": (("arithmetic", *TWO, "table"), TWO),
 }
+METRICS = {"loss": "loss", "probability": "probability", "exact_match": "target"}
+OTHER_SEED = 1000  # added to the seed of training where everything is trained again
 PACKS = ("counting", "handwriting", "photo", "puzzle")
 TRAIN = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 1600}
 RESAMPLES = 2000
 
 
-def recipe_of(world: str, seed: int, folder: Path, data: Path | None, adapter: str) -> Recipe:
+def recipe_of(world: str, seed: int, train_seed: int, folder: Path, data: Path | None, adapter: str) -> Recipe:
     """The recipe of a world, written and read like any other: all samples, one target a domain."""
     settings: dict[str, Any] = {"name": f"{world}-{adapter}", "base": "tiny", "max_rejected_fraction": 0.05}
-    train = {**TRAIN, "seed": seed, "adapter": adapter}
+    train = {**TRAIN, "seed": train_seed, "adapter": adapter}
     if adapter == "lora":
         train["learning_rate"] = 3e-3
     if world == "packs":
@@ -59,19 +70,19 @@ def recipe_of(world: str, seed: int, folder: Path, data: Path | None, adapter: s
         settings["targets"] = {name: {"path": f"{name}/test.jsonl", "limit": 100} for name in PACKS}
         train |= {"samples": 3200, "learning_rate": 1e-3, "freeze_vision": False}
     else:
-        skills = DRAWN[world]
+        skills, targets = DRAWN[world]
         drawn = folder / "data"
         if not drawn.exists():
             samples = dict.fromkeys(skills, 400)
             write_pool(
-                drawn, PoolPlan(samples=samples, faults={}, targets=skills, target_items=100, holdout_items=1), seed
+                drawn, PoolPlan(samples=samples, faults={}, targets=targets, target_items=100, holdout_items=1), seed
             )
         settings["domains"] = {name: {"path": f"data/{name}.jsonl"} for name in skills}
-        settings["targets"] = {name: {"path": f"data/{name}.target.jsonl"} for name in skills}
+        settings["targets"] = {name: {"path": f"data/{name}.target.jsonl"} for name in targets}
     settings["train"] = train
-    settings["mixture"] = {"data": "whole", "metric": "loss", "seed": seed}
+    settings["mixture"] = {"data": "whole", "metric": "probability", "seed": seed}
     settings["evaluate"] = {"max_new_tokens": 12, "batch_size": 100}
-    path = folder / "recipe.yaml"
+    path = folder / f"recipe-{train_seed}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump_yaml(settings))
     return load_recipe(path)
@@ -85,12 +96,12 @@ def design(domains: int, draws: int) -> np.ndarray:
 
 
 def measure_design(mixing: Mixing, draws: int = 20) -> dict[str, np.ndarray]:
-    """Values of all items, by loss and by exact match, of trained and merged models: experts first, then the design."""
+    """Values of all items, by every metric, of trained and merged models: experts first, then the design."""
     weight_NK = np.vstack([np.eye(len(mixing.names)), design(len(mixing.names), draws)])
-    values: dict[str, list] = {"true:loss": [], "merged:loss": [], "true:exact_match": [], "merged:exact_match": []}
+    values: dict[str, list] = {f"{which}:{metric}": [] for metric in METRICS for which in ("true", "merged")}
     by_metric = {
         name: lay_out_items(mixing.base, mixing.run, mixing.targets, metric, share_vision=False)
-        for name, metric in (("loss", "loss"), ("exact_match", "target"))
+        for name, metric in METRICS.items()
     }
     for number, weight_K in enumerate(weight_NK):
         unit = f"design/{number}"
@@ -136,9 +147,9 @@ def _mean_of_targets(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
     return np.stack([value_NV[:, target_V == g].mean(axis=1) for g in np.unique(target_V)], axis=1).mean(axis=1)
 
 
-def run_seed(world: str, seed: int, runs: Path, data: Path | None, adapter: str) -> dict[str, Any]:
+def run_seed(world: str, seed: int, train_seed: int, runs: Path, data: Path | None, adapter: str) -> dict[str, Any]:
     folder = runs / f"{world}-{adapter}-{seed}"
-    with Run(recipe_of(world, seed, folder, data, adapter), folder / "run") as run:
+    with Run(recipe_of(world, seed, train_seed, folder, data, adapter), folder / f"run-{train_seed}") as run:
         workflow = Workflow(run)
         mixing = workflow.mixing
         values = measure_design(mixing, draws=10 if world == "packs" else 20)
@@ -146,21 +157,22 @@ def run_seed(world: str, seed: int, runs: Path, data: Path | None, adapter: str)
         pick_K = np.array([advice.searched[name] for name in mixing.names])
         target_V = mixing.merged.target_V
         inner = values["weights"].max(axis=1) < 1
-        grid_N = _mean_of_targets(values["true:loss"], target_V)
+        grid_N = _mean_of_targets(values["true:probability"], target_V)
         pick = float(_mean_of_targets(mixing.trained(pick_K)[None], target_V)[0])
         uniform = float(_mean_of_targets(mixing.trained(mixing.simplex.uniform)[None], target_V)[0])
         return {
             "seed": seed,
+            "train_seed": train_seed,
             "domains": mixing.names,
             "steps": mixing.steps,
             "mergeability": mixing.diagnose(),
-            "agreement": {m: agreement(values, target_V, tuple(mixing.targets), m) for m in ("loss", "exact_match")},
+            "agreement": {m: agreement(values, target_V, tuple(mixing.targets), m) for m in METRICS},
             "pick": {
                 "weights": pick_K.tolist(),
-                "loss": -pick,
-                "uniform": -uniform,
-                "best of the grid": -float(grid_N[inner].max()),
-                "best expert": -float(grid_N[~inner].max()),
+                "probability": pick,
+                "uniform": uniform,
+                "best of the grid": float(grid_N[inner].max()),
+                "best expert": float(grid_N[~inner].max()),
                 "regret": float(grid_N.max()) - pick,
             },
             "advice": advice.to_json(),
@@ -183,10 +195,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--retrained", action="store_true", help="train everything once more, from another seed")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress.show(True)
-    rows = [run_seed(args.world, seed, args.runs, args.data, args.adapter) for seed in args.seeds]
+    again = (0, OTHER_SEED) if args.retrained else (0,)
+    rows = [
+        run_seed(args.world, seed, seed + more, args.runs, args.data, args.adapter)
+        for seed in args.seeds
+        for more in again
+    ]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     machine = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     name = args.world if args.adapter == "none" else f"{args.world}_lora"
