@@ -4,14 +4,15 @@
     python experiments/mixtures.py --world two_of_three --seeds 0 1 2 --retrained
     python experiments/mixtures.py --world packs --data FOLDER_WITH_UNPACKED_PACKS --seeds 0 1 2
 
-After the mixture paper's tables (arXiv 2602.04937): for K = 2 and 3 the 7 and 21 inner points of the lattice of step 1/8,
-for K = 4 twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for as many
-steps as the experts and compared with the merge at its weights, by answer loss, by the probability of the right answer
-and by exact match on the same target items. Beside it `datalloy verify` runs as a user would run it, with three real
-runs of its own, and its pick is held against the best of the grid. In the worlds `two_of_...` only two of the domains
-have a target, so that there is something to find. `--retrained` trains everything a second time from another seed
-on the same pool: how far one training agrees with the next is the most that any prediction can reach. Resumable: run
-the same command again. One JSON a world in experiments/results; mixture_curves.py goes on from the run folders.
+After the mixture paper's tables (arXiv 2602.04937): for K = 2 and 3 the 7 and 21 inner points of the lattice of step
+1/8, for K = 4 twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for
+as many steps as the experts and compared with the merge at its weights, by answer loss, by the probability of the
+right answer and by exact match on the same target items. Beside it `datalloy verify` runs as a user would run it,
+with three real runs of its own, and its pick is held against the best of the grid. In the worlds `two_of_...` only
+two of the domains have a target, so that there is something to find. `--retrained` trains everything a second time
+from another seed on the same pool: how far one training agrees with the next is the most that any prediction can
+reach. Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py goes on from
+the run folders.
 """
 
 import argparse
