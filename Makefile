@@ -26,8 +26,9 @@ $(VENV)/.datalloy-installed: pyproject.toml constraints.txt scripts/setup.sh
 demo: setup
 	$(BIN)/datalloy demo
 
+# a process a core, each with one thread; the tests of one file stay together and share what is dear to make
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
