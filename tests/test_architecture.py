@@ -20,13 +20,13 @@ LAYERS = (
     {"encoding", "mixture", "search", "target_items"},
     {"bakeoff", "evaluation", "exporters", "leakage", "merging", "readers", "scorers", "selection", "training"},
     {"mixing", "mixture_page"},
-    {"costs", "report", "summary", "workflows"},
+    {"costs", "report", "summary", "viewer", "workflows"},
     {"api", "tiny.demo"},
     {"cli"},
     {"__main__"},
     {""},  # the package itself: names that are looked up when they are first used
 )
-FAMILIES = ("exporters", "readers", "scorers", "surrogates")  # folders whose modules import each other
+FAMILIES = ("exporters", "readers", "scorers", "surrogates", "viewer")  # folders whose modules import each other
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 PRINTERS = {"cli", "progress"}
 
@@ -90,6 +90,7 @@ def test_model_families_are_known_to_one_module():
 def test_recipes_data_and_selections_are_handled_without_a_model_library():
     light = {"config", "sample", "run", "readers", "selection", "scores", "exporters", "report", "summary", "cli"}
     light |= {"simplex", "objective", "surrogates", "search", "calibration", "mergeability", "mixture", "mixture_page"}
+    light |= {"viewer"}
     top_level = {
         name: {full.split(".")[0] for node in tree.body for full in _imports(node) if _is_import(node)}
         for name, tree in MODULES.items()

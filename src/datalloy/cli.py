@@ -119,6 +119,22 @@ def report(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None) ->
 
 
 @app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, as `datalloy run` printed it.", show_default=False)],
+    other: Annotated[Path | None, typer.Argument(help="A second run to compare with.", show_default=False)] = None,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1; 0 is any free one.", min=0, max=65535)] = 0,
+    open_page: Annotated[bool, typer.Option("--open", help="Also open the page in the browser.")] = False,
+) -> None:
+    """Look at a run's samples in the browser: sort, filter, search, compare two runs, overrule, export the edit.
+
+    Needs `pip install 'datalloy[serve]'`. The address carries a token; it ends with Ctrl-C.
+    """
+    from datalloy.viewer import serve
+
+    serve(run, other, port=port, open_page=open_page, say=lambda address: print(address, flush=True))
+
+
+@app.command()
 def merge(
     models: Annotated[
         list[str],

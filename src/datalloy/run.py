@@ -186,7 +186,7 @@ class Run:
     def _check_provenance(self) -> None:
         path = self.path(PROVENANCE)
         if path.exists():
-            before = _read_provenance(path)
+            before = read_provenance(path)
             if before["fingerprint"] == self.fingerprint:
                 return
             if any(self.path("units").glob("*.json")):
@@ -270,7 +270,8 @@ class Run:
             self.path(name).replace(target)
 
 
-def _read_provenance(path: Path) -> dict[str, Any]:
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What `provenance.json` says of a run. Raises RunError where it is damaged or of another schema version."""
     try:
         before = json.loads(path.read_bytes())
         version = before["schema_version"]

@@ -43,7 +43,8 @@ _LAST_FIELDS = (
     pa.field("utility_se", pa.float64()),
     pa.field("state", pa.string(), nullable=False),
 )
-_CONTRIBUTIONS = pa.field("contributions", pa.list_(pa.float64()))
+CONTRIBUTIONS = "contributions"
+_CONTRIBUTIONS = pa.field(CONTRIBUTIONS, pa.list_(pa.float64()))
 
 
 @dataclass(frozen=True)
@@ -314,13 +315,15 @@ def write_table(
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def read_table(path: Path, *, kind: str, version: int) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the metadata that `write_table` wrote.
+def read_table(path: Path, *, kind: str, version: int, without: Sequence[str] = ()) -> tuple[pa.Table, dict[str, Any]]:
+    """The table and the metadata that `write_table` wrote, the columns `without` left on disk.
 
     Raises DataError when the file is missing, damaged, of another kind, or of another schema version.
     """
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        names = pq.read_schema(path).names
+        wanted = [name for name in names if name not in without]
+        table = pq.read_table(path, columns=wanted, partitioning=None, page_checksum_verification=True)
         table.validate(full=True)
         footer = dict(table.schema.metadata or {})
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
@@ -341,6 +344,6 @@ def read_table(path: Path, *, kind: str, version: int) -> tuple[pa.Table, dict[s
             "make them again"
         )
     table = table.replace_schema_metadata(None)
-    if (about["rows"], about["columns"]) != (len(table), table.column_names):
+    if (about["rows"], about["columns"]) != (len(table), names):
         raise DataError(f"{path} is damaged: its columns or rows are not those written; delete it and make it again")
     return table, about["metadata"]
