@@ -47,6 +47,7 @@ from datalloy.sample import Sample
 from datalloy.search import Found, search
 from datalloy.simplex import Group, Simplex, largest_remainder
 from datalloy.slope_stage import follow_slopes
+from datalloy.surface import describe_surface
 from datalloy.surrogates.mixmin import MixMin
 from datalloy.target_items import TargetItems
 from datalloy.training import train
@@ -356,9 +357,9 @@ class Mixing:
     def verify(self) -> Mixture:
         """Train a few mixtures really, calibrate the search by them, and give the verdict on the best of them.
 
-        Writes `mixture/mixture.json`. Of the runs, the search's pick and uniform shares come first; the calibrated
-        surface then has its pick, which is trained too unless it is much the same; what is left goes to the shares of
-        the domains' sizes and to where the surface is least known.
+        Writes `mixture/mixture.json` and `mixture/surface.json`. Of the runs, the search's pick and uniform shares come
+        first; the calibrated surface then has its pick, which is trained too unless it is much the same; what is left
+        goes to the shares of the domains' sizes and to where the surface is least known.
         """
         path = self.run.path("mixture/mixture.json")
         if self.run.finished("mixture/verdict") is not None:
@@ -392,7 +393,18 @@ class Mixing:
             spent=Spent(found.slope_calls, math.ceil(found.evaluations), runs),
         )
         advice.write(path)
-        self.run.commit("mixture/verdict", [path])
+        surface = describe_surface(
+            calibration,
+            trained,
+            self.objective,
+            self.simplex,
+            pick_K,
+            confidence=self.settings.confidence,
+            seed=self.settings.seed,
+        )
+        surface_path = self.run.path("mixture/surface.json")
+        write_json(surface_path, surface)
+        self.run.commit("mixture/verdict", [path, surface_path])
         log.info("verdict: %s. %s", verdict.verdict, verdict.reason)
         return advice
 

@@ -253,9 +253,13 @@ class Run:
         return record["data"]
 
     def once(self, unit: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The data of a unit that leaves no files: as recorded, or measured now and recorded."""
+        """The data of a unit that leaves no files: as recorded, or measured now and recorded with its `seconds`."""
         done = self.finished(unit)
-        return self.commit(unit, [], measure()) if done is None else done
+        if done is None:
+            started = time.monotonic()
+            measured = measure()
+            done = self.commit(unit, [], {**measured, "seconds": time.monotonic() - started})
+        return done
 
     def _record(self, unit: str) -> Path:
         return self.path(f"units/{unit.replace('/', '--')}.json")

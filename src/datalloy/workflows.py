@@ -16,6 +16,7 @@ and verified by real runs; `mixing.py` knows that half. Filtered within domains,
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -315,8 +316,9 @@ class Workflow:
                 scorer = scorer or self._scorer(method)
                 if number + 1 < len(shards):
                     self._encoded_pool.read_ahead(shards[number + 1])
+                started = time.monotonic()
                 self._score_rows(scorer, shard, method).write(path)
-                self.run.commit(unit, [path])
+                self.run.commit(unit, [path], {"seconds": time.monotonic() - started})
         parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
         table = replace(Scores.concat(parts), metadata=self._score_metadata(method))
         table.write(target)
@@ -374,20 +376,32 @@ class Workflow:
 
     @cached_property
     def _probing(self) -> scorers.Probing:
-        """Step sizes and exact utilities of the probes, kept in the run folder: the dearest part of scoring."""
+        """Step sizes and exact utilities of the probes, the dearest part of scoring: `probes.npz` and `probes.json`."""
         path = self.run.path("probes.npz")
         if (done := self.run.finished("probes")) is None:
             log.info("probing: %d probes scored exactly, step sizes scanned", len(self._probes))
+            started = time.monotonic()
             probing = scorers.probe(self._scoring_inputs, self._methods, self._encoded_probes)
             write_atomically(path, probing.exact.to_bytes())
+            names_path = self.run.path("probes.json")
+            write_json(names_path, self._names_of_probes())
             settings = {
                 "scans": probing.scans,
                 "steps": probing.steps,
                 "harm_below": probing.harm_below,
                 "noise_floor": probing.noise_floor,
+                "seconds": time.monotonic() - started,
             }
-            done = self.run.commit("probes", [path], settings)
-        return scorers.Probing(**done, exact=scorers.ScoreBlock.from_bytes(path.read_bytes()))
+            done = self.run.commit("probes", [path, names_path], settings)
+        found = {name: value for name, value in done.items() if name != "seconds"}
+        return scorers.Probing(**found, exact=scorers.ScoreBlock.from_bytes(path.read_bytes()))
+
+    def _names_of_probes(self) -> dict[str, Any]:
+        """Which sample and which target item each number of `probes.npz` is of; contributions have the same items."""
+        return {
+            "samples": [[self.pool[i].domain, self.pool[i].id] for i in self._probes],
+            "items": [[name, item.id] for name, items in self._target_items("score").items() for item in items],
+        }
 
     def _score_metadata(self, method: str) -> dict[str, Any]:
         metadata: dict[str, Any] = {"method": method, "signed": method != "loss"}
@@ -610,6 +624,7 @@ class Workflow:
         """
         path = self.run.path(f"evaluation/{name}.json")
         if self.run.finished(f"evaluation/{name}") is None:
+            started = time.monotonic()
             vlm = self._base if folder is None else VLM.load(str(folder), device=self.recipe.device)
             sets = {**self.recipe.targets, **self.recipe.evaluation}
             samples = {**self.targets, **self.evaluation}
@@ -618,7 +633,7 @@ class Workflow:
                 for key, target in sets.items()
             }
             write_json(path, results)
-            self.run.commit(f"evaluation/{name}", [path])
+            self.run.commit(f"evaluation/{name}", [path], {"seconds": time.monotonic() - started})
         headline = ("metric", "mean", "interval", "items")
         return {key: {field: row[field] for field in headline} for key, row in json.loads(path.read_text()).items()}
 

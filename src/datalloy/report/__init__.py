@@ -1,0 +1,45 @@
+"""A finished run folder in, one self-contained page out; several folders in, one page that sets them side by side.
+
+The pages open offline, can be mailed, and make no request; without their script everything can still be read. Charts
+are SVG drawn by hand, a few kilobytes each, instead of a plotting library's four megabytes (docs/decisions.md).
+"""
+
+from pathlib import Path
+
+from datalloy.report.evidence import evidence
+from datalloy.report.facts import RunFacts
+from datalloy.report.gallery import gallery
+from datalloy.report.keeping import keeping
+from datalloy.report.opening import opening
+from datalloy.report.outcome import outcome
+from datalloy.report.page import Section, render
+from datalloy.report.provenance import provenance
+from datalloy.report.refused import refused
+from datalloy.report.shares import shares
+from datalloy.report.utilities import utilities
+from datalloy.run import write_atomically
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into the folder of a finished run; returns its path. Raises RunError for any other folder."""
+    facts = RunFacts(folder)
+    page = render(
+        title=f"{facts.recipe.name}: what to train on",
+        heading=f"{facts.recipe.name}: what to train on",
+        opening=opening(facts),
+        sections=_sections(facts),
+    )
+    path = folder / "report.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def _sections(facts: RunFacts) -> list[Section]:
+    sections = [outcome(facts)]
+    if facts.has_selection:
+        sections.append(keeping(facts))
+    if facts.has_mixture:
+        sections += [shares(facts), evidence(facts)]
+    if facts.has_selection:
+        sections += [gallery(facts), utilities(facts)]
+    return [*sections, refused(facts), provenance(facts)]

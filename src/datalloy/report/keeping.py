@@ -1,0 +1,121 @@
+"""What is kept and why: counts by domain and reason, and the bake-off of ways to select that decided it."""
+
+from collections import Counter
+from typing import Any
+
+from datalloy.bakeoff import Arm
+from datalloy.report.charts import Dot, Strip, bars, legend, scatter, stacked, strips
+from datalloy.report.facts import RunFacts
+from datalloy.report.markup import details, gained, number, paragraph, percent, table, text
+from datalloy.report.opening import selection_in_words
+from datalloy.report.page import Section
+
+REASONS = {
+    "top_fraction": "kept",
+    "below_fraction": "ranked below the kept part",
+    "over_budget": "over the budget",
+    "toxic": "harms beyond its interval",
+}
+
+
+def keeping(facts: RunFacts) -> Section:
+    kept, pool = int(facts.kept_N.sum()), len(facts.kept_N)
+    takeaway = f"{kept:,} of {pool:,} samples are kept: {selection_in_words(facts.arm)}."
+    return Section("keeping", "What to keep", takeaway, _by_domain(facts) + _bakeoff(facts.bakeoff))
+
+
+def reason_in_words(reason: str) -> str:
+    return REASONS.get(reason, reason.replace("not_scored:", "not scored: ").replace("_", " "))
+
+
+def _by_domain(facts: RunFacts) -> str:
+    largest = max(Counter(facts.selection.domain).values())
+    rows = []
+    for domain, reasons in facts.selection.counts().items():
+        kept = reasons.pop("top_fraction", 0)
+        toxic = reasons.pop("toxic", 0)
+        rest = sum(reasons.values())
+        bar = stacked(
+            [("kept", "kept", kept), ("toxic", "harmful", toxic), ("left", "left out", rest)],
+            largest,
+            f"{domain}: {kept} kept, {toxic} harmful, {rest} left out",
+        )
+        rows.append((domain, bar, f"{kept:,} of {kept + toxic + rest:,} kept"))
+    shown = [("kept", "kept"), ("left", "left out")]
+    shown += [("toxic", "harms beyond its interval")] if "toxic" in facts.selection.reason else []
+    told = ", ".join(
+        f"{reason_in_words(reason)} {count:,}" for reason, count in facts.selection.count_reasons().items()
+    )
+    toxic = int(facts.toxic_N.sum())
+    told = f"In all: {told}."
+    if toxic and "toxic" not in facts.selection.reason:
+        out = toxic - int((facts.toxic_N & facts.kept_N).sum())
+        told += (
+            f" By utility {toxic} samples are toxic, that is: they harm the targets beyond their own interval and more "
+            f"than clean samples do; {out} of them are left out by this ranking."
+        )
+    return bars(rows) + legend(shown) + paragraph(text(told), "note")
+
+
+def _bakeoff(outcome: dict[str, Any] | None) -> str:
+    heading = "<h3>Against other ways to select</h3>"
+    if outcome is None:
+        return heading + paragraph("The recipe fixed the score and the fraction, so nothing was compared.")
+    margins = sorted([*outcome["margins"], outcome["over_base"]], key=lambda m: m["mean"])
+    names = {Arm(**r["arm"]).name: _arm_name(r["arm"]) for r in outcome["results"]} | {"the base": "not training"}
+    rows = [
+        Strip(f"over {names[m['over']]}", m["mean"], m["interval"], gained(m["mean"], m["interval"])) for m in margins
+    ]
+    return (
+        heading
+        + paragraph(
+            "Each way to select was trained for a few steps at equal compute, in three rounds of growing length, and "
+            "judged on target items by the probability of the right answer (or by the loss, negated, where that is the "
+            f"target's metric). {outcome['steps_spent']:,} training steps were spent. The winner is "
+            f"<b>{text(_arm_name(outcome['winner']))}</b>; its margins:"
+        )
+        + strips(rows, zero=0.0)
+        + _rounds(outcome)
+    )
+
+
+def _rounds(outcome: dict[str, Any]) -> str:
+    winner = outcome["winner"]
+    results = sorted(outcome["results"], key=lambda r: (-r["round"], -r["value"]))
+    drawn = sorted(results, key=lambda r: (r["arm"] == winner, r["steps"]))  # the winner on top of the others
+    dots = [
+        Dot(
+            float(r["steps"]),
+            r["value"],
+            f"{_arm_name(r['arm'])}\nround {r['round']}, {r['steps']} steps: {r['value']:.4f}",
+            "pick" if r["arm"] == winner else "other",
+        )
+        for r in drawn
+    ]
+    joined = [i for i, r in enumerate(drawn) if r["arm"] == winner]
+    chart = scatter(
+        dots,
+        x_label="training steps of the short run",
+        y_label="value on target items",
+        label=f"Every short run; the winner, {_arm_name(winner)}, is joined by a line",
+        joined=joined,
+    )
+    rows = [[text(_arm_name(r["arm"])), str(r["round"]), str(r["steps"]), number(r["value"], 4)] for r in results]
+    return (
+        f"<h3>All short runs</h3>{chart}"
+        + legend([("dot pick", "the winner"), ("dot other", "other ways to select")])
+        + details(
+            f"The {len(rows)} short runs as a table",
+            table(["selection", "round", "steps", "value"], rows, numeric=(1, 2, 3), label="all short runs"),
+        )
+    )
+
+
+def _arm_name(arm: dict[str, Any]) -> str:
+    if arm["scorer"] == "full" or arm["fraction"] == 1:
+        return "the full pool"
+    return f"{arm['scorer'].replace('_', ' ')}, {percent(arm['fraction'])} of {_group(arm['within'])}"
+
+
+def _group(within: str) -> str:
+    return "each domain" if within == "domain" else "the pool"
