@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
-    {"errors", "template", "tiny.world"},
+    {"display", "errors", "regular_files", "template", "tiny.world"},
     {"metrics", "objective", "progress", "sample", "simplex", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},

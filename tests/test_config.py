@@ -1,10 +1,11 @@
 """Recipes: what is accepted, what is refused and in which words, how paths and overrides are resolved."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datalloy.config import Recipe, Select, load_recipe
@@ -389,3 +390,36 @@ def test_one_domain_cannot_be_mixed_unless_it_is_split_into_buckets(tmp_path):
     with pytest.raises(RecipeError, match="at least two domains"):
         _with_mixture(tmp_path, "{}", one)
     assert _with_mixture(tmp_path, "{buckets: 2}", one).mixture.buckets == 2
+
+
+# --- what is not a recipe to be read ----------------------------------------------------------------------------------
+
+
+def test_a_recipe_with_a_key_in_it_is_refused_without_repeating_it(load):
+    key = "hf_" + "a1B2" * 8
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:5: this looks like a key") as caught:
+        load(f"{SMALLEST}train: {{report_to: [{key}]}}\n")
+    assert key not in str(caught.value)
+    with pytest.raises(RecipeError, match="looks like a key"):
+        load(SMALLEST, f"base=https://user:{key}@example.org/model")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_a_recipe_that_is_no_small_regular_file_is_refused_without_reading_it(tmp_path, kind):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "recipe.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    with pytest.raises(RecipeError, match=r"a named pipe|a device|at most 1,048,576"):
+        load_recipe(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
+def test_any_bytes_as_a_recipe_are_refused_by_our_own_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError):
+        load_recipe(path)

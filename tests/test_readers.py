@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from datalloy.config import DataSource
 from datalloy.errors import DataError
-from datalloy.readers import detect_format, read, read_all, records
+from datalloy.readers import conversation, detect_format, read, read_all, records
 from datalloy.sample import FileImage
 from reader_contract import ReaderContract
 
@@ -195,7 +195,15 @@ def test_an_array_that_is_not_utf8_is_refused_with_its_byte(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer.*git lfs pull"),
         (gzip.compress(b"{}"), "gzip; unpack"),
         (b"PK\x03\x04", "zip archive"),
+        (b"BZh91AY", "bzip2; unpack"),
+        (b"\xfd7zXZ\x00", "xz; unpack"),
+        (b"\x28\xb5\x2f\xfd", "zstd; unpack"),
+        (b"train/0.json".ljust(257, b"\0") + b"ustar", "tar archive"),
         ('{"messages": []}'.encode("utf-16"), "UTF-16 text; convert"),
+        ('{"messages": []}'.encode("utf-16-le"), "UTF-16 text; convert"),
+        ('{"messages": []}'.encode("utf-16-be"), "UTF-16 text; convert"),
+        (b"\xef\xbb\xbf<html>", "HTML page"),
+        (b"<?xml version='1.0'?>", "XML document"),
         (b"\n<!DOCTYPE html><html></html>", "HTML page"),
         (b"PAR1", "Parquet file; set `format: parquet`"),
     ],
@@ -275,7 +283,7 @@ def test_an_unknown_format_is_refused_with_what_was_found_and_what_is_allowed(tm
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "bad_content"),
         ({"messages": [{"role": "user", "content": 7}, ANSWER]}, "bad_content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}, ANSWER]}, "bad_content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "bad_content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "image_url"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}, ANSWER]},
             "bad_content",
@@ -304,6 +312,26 @@ def test_an_unknown_format_is_refused_with_what_was_found_and_what_is_allowed(tm
 def test_a_bad_messages_record_has_its_reason(tmp_path, record, reason):
     (tmp_path / "x.png").write_bytes(b"picture")
     assert reason_of(tmp_path, record) == reason
+
+
+def test_a_record_of_endless_text_turns_or_images_is_rejected(tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(b"picture")
+    assert conversation.MAX_TEXT_CHARACTERS >= 10**5 < records.MAX_LINE_BYTES
+    monkeypatch.setattr(conversation, "MAX_TEXT_CHARACTERS", 100)
+    monkeypatch.setattr(conversation, "MAX_TURNS", 4)
+    monkeypatch.setattr(conversation, "MAX_IMAGES", 2)
+    many = {"role": "user", "content": "<image>" * 3}
+    for_reason = {
+        "text_too_long": {"messages": [{"role": "user", "content": "x" * 100}, ANSWER]},
+        "too_many_turns": {"messages": [QUESTION, ANSWER] * 3},
+        "too_many_images": {"messages": [many, ANSWER], "images": ["x.png"] * 3},
+    }
+    assert {reason: reason_of(tmp_path, record) for reason, record in for_reason.items()} == {r: r for r in for_reason}
+    largest = {
+        "messages": [QUESTION, ANSWER, {"role": "user", "content": "<image>" * 2}, ANSWER],
+        "images": ["x.png"] * 2,
+    }
+    assert len(accepted(tmp_path, largest).turns) == 4
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from datalloy import progress
+from datalloy.display import SafeFormatter, printable, without_secrets
 from datalloy.errors import DatalloyError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -261,7 +263,10 @@ def _stop(number: int, _: object) -> NoReturn:
 def main() -> None:
     """Entry point: set the process up, answer the command line, end with its exit code."""
     prefix = progress.CLEAR if sys.stderr.isatty() else ""
-    logging.basicConfig(level=logging.ERROR, format=f"{prefix}%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter(prefix))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
+    sys.excepthook = _report_bug
     logging.getLogger("datalloy").setLevel(logging.INFO)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     progress.show(True)
@@ -300,8 +305,13 @@ def answer(arguments: Sequence[str]) -> int:
 
 
 def _refuse(message: str, code: int) -> int:
-    print(f"datalloy: {message}", file=sys.stderr)
+    print(printable(without_secrets(f"datalloy: {message}")), file=sys.stderr)
     return code
+
+
+def _report_bug(*fault: Any) -> None:
+    """The traceback of what nobody foresaw, without secrets."""
+    print(printable(without_secrets("".join(traceback.format_exception(*fault)))), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from datalloy.display import holds_secret
 from datalloy.errors import RecipeError
+from datalloy.regular_files import NotRegularError, read_regular
 from datalloy.strict_yaml import parse_yaml
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -51,6 +53,7 @@ TYPE_WORDS = {
     "string": "text",
     "null": "null",
 }
+MAX_RECIPE_BYTES = 1024 * 1024
 SHOWN_LENGTH = 80  # characters of a faulty value in a message
 
 
@@ -306,20 +309,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if path.is_dir():
         path = path / "config.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, max_bytes=MAX_RECIPE_BYTES).decode()
+    except NotRegularError as error:
+        raise RecipeError(f"the recipe {path} {error}") from None
     except OSError as error:
         raise RecipeError(
             f"cannot read the recipe {path}: {error.strerror}; `datalloy init` writes one to start from"
         ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+    _refuse_secrets(text, str(path))
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         found = "empty" if data is None else _shown(data)
         raise RecipeError(f"{path} is {found}, must be a mapping of keys to values; `datalloy init` writes one")
     for override in overrides:
+        _refuse_secrets(override, "--set")
         data = _override(data, override)
     return _resolve(data, folder=path.parent, where=" --set ".join([str(path), *overrides]))
+
+
+def _refuse_secrets(text: str, where: str) -> None:
+    """A recipe is copied into run folders, fingerprints and reports, so it is no place for a key."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if holds_secret(line):
+            raise RecipeError(
+                f"{where}:{number}: this looks like a key or a password; a recipe is copied into every run folder, "
+                "so take it out, make it invalid where it came from, and keep keys in environment variables"
+            )
 
 
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:

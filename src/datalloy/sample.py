@@ -7,19 +7,29 @@ decoded before a model needs the pixels, so a pool of a million samples is a lis
 import hashlib
 import io
 import json
+import threading
+import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
+
+from datalloy.errors import EnvironmentFault
+from datalloy.regular_files import read_regular
 
 Role = Literal["system", "user", "assistant"]
 
 # Formats a training picture comes in. Anything else (EPS calls Ghostscript, PSD, FITS ...) is not worth its decoder.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_IMAGE_PIXELS = 64_000_000
+MAX_IMAGE_BYTES = 256 * 1024 * 1024
+MAX_GREY = 65_535  # of 16 bits; what lies beyond has no agreed white
+
+_FILTERS_OF_WARNINGS = threading.Lock()  # they are the process's, and samples are encoded in threads
 
 
 class ImageRef(Protocol):
@@ -37,7 +47,8 @@ class FileImage:
     path: Path
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        # the path was resolved when it was looked at; what became a link or a pipe since is refused
+        return read_regular(self.path, max_bytes=MAX_IMAGE_BYTES, follow_links=False)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -53,7 +64,12 @@ class ParquetImage:
     index: int
 
     def read(self) -> bytes:
-        return _parquet_image_bytes(self.path, self.column, self.row)[self.index]
+        import pyarrow
+
+        try:
+            return _parquet_image_bytes(self.path, self.column, self.row)[self.index]
+        except (pyarrow.ArrowException, LookupError, StopIteration, ValueError) as error:
+            raise OSError(f"{self} cannot be read any more: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.path}#{self.column}[{self.row}][{self.index}]"
@@ -63,7 +79,10 @@ class ParquetImage:
 def _parquet_row_group(path: Path, column: str, group: int):
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[column]).column(column)
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        column_of_group = file.read_row_group(group, columns=[column]).column(column)
+    column_of_group.validate(full=True)
+    return column_of_group
 
 
 @lru_cache(maxsize=64)
@@ -86,15 +105,38 @@ def _parquet_image_bytes(path: Path, column: str, row: int) -> list[bytes]:
 
 
 def open_image(image: ImageRef) -> PIL.Image.Image:
-    """The picture as 8-bit RGB: EXIF orientation applied, first frame only, transparency on white.
+    """The picture as 8-bit RGB: EXIF orientation applied, first frame only, transparency on white, 16-bit grey scaled.
 
-    Raises OSError or ValueError with a plain reason when the bytes are not a picture we accept.
+    Nothing about a picture raises anything but OSError (its bytes cannot be had) and ValueError with a plain reason
+    (they are not a picture that we accept).
+    """
+    return to_rgb(_decode(image.read()))
+
+
+def has_further_frames(image: ImageRef) -> bool:
+    """Whether the picture is an animation or a document of several pages, of which only the first is ever used.
+
+    Looks at headers. False for what is no picture. Raises OSError.
     """
     try:
-        picture = _decode(image.read())
-    except (PIL.Image.DecompressionBombError, SyntaxError) as error:  # Pillow's words for some damaged PNGs
-        raise ValueError(str(error)) from error
-    if picture.mode.startswith("I"):  # 16-bit greys: Pillow would clip, not scale
+        with _opened(image.read()) as opened:
+            return bool(getattr(opened, "is_animated", False))
+    except ValueError:
+        return False
+
+
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A decoded picture of any mode as 8-bit RGB, by one rule for all stages. Raises ValueError.
+
+    16-bit greys are scaled (Pillow would clip them: 300 and 40,000 would both be white), transparency is laid on
+    white, CMYK and YCbCr are converted by Pillow without colour profiles. Floats and LAB have no agreed meaning.
+    """
+    if picture.mode.startswith("I"):
+        picture = picture.convert("I")
+        extrema: Any = picture.getextrema()
+        darkest, brightest = extrema
+        if darkest < 0 or brightest > MAX_GREY:
+            raise ValueError(f"grey values from {darkest} to {brightest}; those of 8 or 16 bits are accepted")
         picture = picture.point(lambda value: value / 256).convert("L")
     if picture.mode in ("F", "LAB"):
         raise ValueError(f"picture mode {picture.mode} has no agreed meaning in RGB")
@@ -106,12 +148,40 @@ def open_image(image: ImageRef) -> PIL.Image.Image:
 
 def _decode(data: bytes) -> PIL.Image.Image:
     """The first frame, upright. The size is checked before any pixel is decoded."""
-    with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-        width, height = opened.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"picture of {width}x{height} pixels, at most {MAX_IMAGE_PIXELS:,} are allowed")
-        opened.load()
-        return PIL.ImageOps.exif_transpose(opened)
+    if PIL.ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise EnvironmentFault(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is switched on in this process, so that half a picture would pass for "
+            "a whole one; switch it off"
+        )
+    with _opened(data) as opened:
+        try:
+            opened.load()
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"it cannot be decoded: {error or type(error).__name__}") from error
+        try:
+            return PIL.ImageOps.exif_transpose(opened)
+        except Exception:  # noqa: BLE001 - EXIF that cannot be read turns nothing
+            return opened.copy()
+
+
+def _opened(data: bytes) -> PIL.Image.Image:
+    """The picture with nothing but its header read, of an accepted format and size. Raises ValueError."""
+    try:
+        with _FILTERS_OF_WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            opened = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except MemoryError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ValueError(f"it is no picture of the formats {', '.join(IMAGE_FORMATS)}") from None
+    except Exception as error:
+        raise ValueError(f"it cannot be decoded: {error or type(error).__name__}") from error
+    width, height = opened.size
+    if width < 1 or height < 1 or width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"picture of {width}x{height} pixels, 1 to {MAX_IMAGE_PIXELS:,} are allowed")
+    return opened
 
 
 Part = str | ImageRef

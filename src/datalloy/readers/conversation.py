@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from datalloy.readers.records import RecordError, shown
-from datalloy.sample import FileImage, ImageRef, ParquetImage, Part, Role, Turn
+from datalloy.sample import MAX_IMAGE_BYTES, FileImage, ImageRef, ParquetImage, Part, Role, Turn
 
-MAX_IMAGE_BYTES = 256 * 1024 * 1024
+# Far beyond what any model takes: what is longer would cost minutes of tokenising or gigabytes of pixels to refuse.
+MAX_TEXT_CHARACTERS = 1_000_000
+MAX_TURNS = 2_000
+MAX_IMAGES = 256
+
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 # Stands in a turn for "the next of the record's images".
@@ -83,6 +87,7 @@ def find_image_file(value: Any, root: Path) -> FileImage:
 
 def build_turns(drafts: Sequence[tuple[Role, Sequence[Part | None]]], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
     """The turns with the images in their slots, in order. Raises RecordError where a conversation breaks a rule."""
+    _check_size(drafts, images)
     slots = sum(part is SLOT for _, parts in drafts for part in parts)
     if slots != len(images):
         raise RecordError("image_count_mismatch", f"{slots} placeholders for {len(images)} images")
@@ -100,6 +105,17 @@ def build_turns(drafts: Sequence[tuple[Role, Sequence[Part | None]]], images: Se
         if not turn.images and not _is_visible(turn.text):
             raise RecordError("empty_content", f"turn {number} ({turn.role}) has no visible text")
     return turns
+
+
+def _check_size(drafts: Sequence[tuple[Role, Sequence[Part | None]]], images: Sequence[ImageRef]) -> None:
+    characters = sum(len(part) for _, parts in drafts for part in parts if isinstance(part, str))
+    for reason, found, most in (
+        ("text_too_long", characters, MAX_TEXT_CHARACTERS),
+        ("too_many_turns", len(drafts), MAX_TURNS),
+        ("too_many_images", len(images), MAX_IMAGES),
+    ):
+        if found > most:
+            raise RecordError(reason, f"found {found:,}, at most {most:,} are read")
 
 
 def _check_order(roles: list[Role]) -> None:

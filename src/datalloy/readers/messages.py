@@ -51,4 +51,6 @@ def _block_part(block: Any, root: Path) -> Part | None:
             if len(named) > 1:
                 raise RecordError("bad_content", f"found {shown(block)}; an image block names one file")
             return find_image_file(named[0], root) if named else SLOT
+        case {"type": "image_url"}:
+            raise RecordError("image_url", f"found {shown(block)}; nothing is fetched: download it and give a path")
     raise RecordError("bad_content", f"found {shown(block)}; allowed: blocks of type text (with 'text') or image")

@@ -13,14 +13,14 @@ import json
 import math
 import os
 import re
-import reprlib
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from datalloy.display import shown
 from datalloy.errors import DataError
+from datalloy.regular_files import NotRegularError, open_regular
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
@@ -30,21 +30,19 @@ _DISGUISES = (
     (b"version https://git-lfs.github.com/", "a Git LFS pointer, not the data; run `git lfs pull`"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
+    (b"\xfd7zXZ", "compressed with xz; unpack it first"),
+    (b"BZh", "compressed with bzip2; unpack it first"),
     (b"PK\x03\x04", "a zip archive; unpack it first"),
     (codecs.BOM_UTF16_LE, "UTF-16 text; convert it to UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16 text; convert it to UTF-8"),
+    (b"{\x00", "UTF-16 text; convert it to UTF-8"),
+    (b"[\x00", "UTF-16 text; convert it to UTF-8"),
+    (b"\x00{", "UTF-16 text; convert it to UTF-8"),
+    (b"\x00[", "UTF-16 text; convert it to UTF-8"),
+    (b"<?xml", "an XML document; the download went wrong"),
     (b"<!doctype html", "an HTML page; the download went wrong"),
     (b"<html", "an HTML page; the download went wrong"),
 )
-_FILE_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-_excerpt = reprlib.Repr()
-_excerpt.maxstring = _excerpt.maxother = 80
 
 
 class RecordError(Exception):
@@ -65,30 +63,20 @@ class Record:
     fields: dict[str, Any] | RecordError
 
 
-def shown(value: Any) -> str:
-    """A value of the user's data, fit for a message: cut short, control and bidirectional characters escaped."""
-    return _excerpt.repr(value)
-
-
 def open_data_file(path: Path) -> BinaryIO:
     """The file, open for reading. Raises DataError for what is no data file: a folder, a pipe, an archive ..."""
     try:
-        # O_NONBLOCK: opening a pipe without a writer would hang for ever
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_regular(path)
+    except NotRegularError as error:
+        raise DataError(f"{path} {error}") from None
     except OSError as error:
         raise DataError(f"cannot open {path}: {error.strerror}; check the path in the recipe") from None
-    try:
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        if kind != stat.S_IFREG:
-            raise DataError(f"{path} is {_FILE_KINDS.get(kind, 'a special file')}; a regular file is wanted")
-        head = os.pread(descriptor, 64, 0).lstrip().lower()
-        for mark, what in _DISGUISES:
-            if head.startswith(mark.lower()):
-                raise DataError(f"{path} is {what}")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    head = os.pread(file.fileno(), 512, 0)
+    for mark, what in _DISGUISES:
+        if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(mark.lower()):
+            file.close()
+            raise DataError(f"{path} is {what}")
+    return file
 
 
 def json_records(path: Path) -> Iterator[Record]:
@@ -97,6 +85,8 @@ def json_records(path: Path) -> Iterator[Record]:
         head = os.pread(file.fileno(), 4096, 0)
         if head.startswith(b"PAR1"):
             raise DataError(f"{path} is a Parquet file; set `format: parquet` or `format: auto`")
+        if head[257:262] == b"ustar":
+            raise DataError(f"{path} is a tar archive; unpack it first")
         is_array = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
         if is_array and path.suffix.lower() not in _LINE_SUFFIXES:
             yield from _array_records(file.read(), path)

@@ -1,0 +1,272 @@
+"""Hostile data and checkpoints as a whole, and what no module of the package may do."""
+
+import ast
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import transformers
+
+from datalloy.config import DataSource
+from datalloy.errors import ModelError
+from datalloy.readers import read_all
+from datalloy.vlm import VLM
+from drawn import build_vlm, draw_samples
+
+SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
+TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+def write(folder: Path, *records: dict) -> DataSource:
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataSource(path=str(path), format="messages")
+
+
+# Data
+
+
+def test_ids_of_any_kind_are_kept_and_name_no_file(tmp_path):
+    ids = ["../../etc/passwd", "/etc/passwd", "x" * 100_000, "a\nb", "{}%s${x}", "CON", "."]
+    source = write(tmp_path, *({"id": given, "messages": TURNS} for given in ids))
+    samples, rejects = read_all(source, "d")
+    assert [sample.id for sample in samples] == ids
+    assert rejects == []
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_magic_keys_are_data(tmp_path):
+    magic = {
+        "_target_": "os.system",
+        "py/object": "os.system",
+        "py/reduce": [{"py/function": "os.system"}, ["touch hacked"]],
+        "auto_map": {"AutoModel": "evil.Model"},
+        "__class__": "x",
+        "$ref": "file:///etc/passwd",
+    }
+    plain, marked = (read_all(write(tmp_path, {**extra, "messages": TURNS}), "d")[0][0] for extra in ({}, magic))
+    assert plain.content_hash == marked.content_hash
+    assert plain.turns == marked.turns
+
+
+def test_a_huge_line_is_never_held_in_memory(tmp_path):
+    path = tmp_path / "train.jsonl"
+    with path.open("wb") as file:
+        file.truncate(3 * 1024**3)  # a line of zeros, sparse on disk
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + json.dumps({"messages": TURNS}).encode())
+    code = (
+        "import sys; from datalloy.config import DataSource; from datalloy.readers import read_all\n"
+        "samples, rejects = read_all(DataSource(path=sys.argv[1], format='messages'), 'd')\n"
+        "print(len(samples), [(reject.line, reject.reason) for reject in rejects])"
+    )
+
+    def limit_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2 * 1024**3, 2 * 1024**3))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, preexec_fn=limit_memory, check=False
+    )
+    assert done.stdout.strip() == "1 [(1, 'line_too_long')]", done.stderr
+
+
+def test_data_are_read_without_network_and_without_running_anything(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("a network connection or another program was asked for")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(os, "system", refuse)
+    (tmp_path / "train.py").write_text("raise SystemExit('a loading script was run')")
+    values = [
+        "http://127.0.0.1/x.png",
+        "https://user@2130706433/x.png",
+        "http://[::1]/x.png",
+        "HTTP://EXAMPLE.ORG/x.png",
+        "data:image/png;base64,AAAA",
+        "file:///etc/passwd",
+        "s3://bucket/x.png",
+        "hf://datasets/a/b/x.png",
+        "simplecache::s3://bucket/x.png",
+        "zip://x.png::https://example.org/x.zip",
+    ]
+    question = {"role": "user", "content": "<image>?"}
+    records = [{"messages": [question, TURNS[1]], "images": [value]} for value in values]
+    block = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
+    records.append({"messages": [{"role": "user", "content": [block]}, TURNS[1]]})
+    samples, rejects = read_all(write(tmp_path, *records), "d")
+    assert samples == []
+    assert [reject.reason for reject in rejects] == ["image_url"] * len(records)
+
+
+def test_the_processor_gets_pictures_and_never_a_path(proxy, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("a connection was asked for")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    given = []
+    call = type(proxy.processor).__call__
+
+    def watch(self, *args, images=None, **options):
+        given.extend(images or [])
+        return call(self, *args, images=images, **options)
+
+    monkeypatch.setattr(type(proxy.processor), "__call__", watch)
+    samples = draw_samples(3)
+    for sample in samples:
+        proxy.encode(sample)
+    assert len(given) == 3
+    assert all(type(picture) is PIL.Image.Image for pictures in given for picture in pictures)
+
+
+# Checkpoints
+
+EVIL = """\
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import PretrainedConfig as Evil
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build_vlm(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("config.json", "AutoConfig"),
+        ("config.json", "AutoModelForImageTextToText"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+        ("processor_config.json", "AutoProcessor"),
+        ("preprocessor_config.json", "AutoImageProcessor"),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["idefics3", "evil"])
+def test_code_beside_a_checkpoint_is_never_run(checkpoint, tmp_path, monkeypatch, file, key, model_type):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether code may be run"))
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    mark = tmp_path / "code was run"
+    (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    settings = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    names = "evil.Evil" if key != "AutoTokenizer" else ["evil.Evil", "evil.Evil"]
+    (folder / file).write_text(json.dumps({**settings, "auto_map": {key: names}}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    try:
+        VLM.load(str(folder), device="cpu")
+    except ModelError:
+        pass  # refused or loaded by our own libraries' code; what counts is that theirs was not run
+    else:
+        assert model_type != "evil"
+    assert not mark.exists()
+
+
+# What no module does
+
+
+def calls() -> list[tuple[str, ast.Call]]:
+    return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called: `load` of `torch.load(...)`."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def imported() -> dict[str, set[str]]:
+    """Modules by what they import, full names."""
+    found: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for full in names:
+                found.setdefault(full, set()).add(name)
+    return found
+
+
+def test_remote_code_is_refused_in_every_call():
+    for name, node in calls():
+        if called(node) == "from_pretrained" and ast.unparse(node.func).startswith("transformers."):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("trust_remote_code") == "False", f"{name}:{node.lineno}"
+    assert not any("trust_remote_code=True" in (SOURCE / name).read_text() for name in TREES)
+    assert transformers.__version__.split(".")[0] == "5"
+
+
+def test_no_module_reads_pickles_or_runs_code_from_data():
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "hydra"}
+    assert {full: by for full, by in imported().items() if full.split(".")[0] in modules} == {}
+    for name, node in calls():
+        where, text = f"{name}:{node.lineno}", ast.unparse(node.func)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert text not in {"eval", "exec", "compile", "__import__", "os.system", "torch.load", "yaml.unsafe_load"}, (
+            where
+        )
+        assert text != "np.load" or given.get("allow_pickle") == "False", where
+        assert text != "yaml.load" or "Loader" in given, where
+        assert given.get("shell") in (None, "False"), where
+
+
+def test_no_archive_is_unpacked():
+    assert not {"zipfile", "shutil.unpack_archive"} & imported().keys()
+    unpackers = {"extract", "extractall", "unpack_archive", "_extract_member"}
+    assert [f"{name}:{node.lineno}" for name, node in calls() if called(node) in unpackers] == []
+
+
+def test_no_module_writes_csv():
+    assert "csv" not in imported()
+    assert [name for name, node in calls() if called(node) in {"to_csv", "write_csv"}] == []
+
+
+def test_pictures_are_opened_in_one_place():
+    openers = {name for name, node in calls() if ast.unparse(node.func) in {"PIL.Image.open", "Image.open"}}
+    assert openers == {"sample.py"}
+    assert not any(full.startswith("transformers.image_utils") for full in imported())
+
+
+NETWORK = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "socket", "ftplib", "fsspec"}
+ALLOWED = (
+    "run.py",  # the host's name in provenance.json
+    "viewer/",  # answers the local browser
+    "judge",  # asks the judge that the recipe names
+    "scorers/judge",
+)
+
+
+def test_the_core_reaches_no_network():
+    """Models named by a hub id are fetched by huggingface_hub, in vlm.py and nowhere else."""
+    by_module: dict[str, set[str]] = {}
+    for full, names in imported().items():
+        if full in NETWORK or full.split(".")[0] in NETWORK:
+            for name in names:
+                by_module.setdefault(name, set()).add(full)
+    assert {name: found for name, found in by_module.items() if not name.startswith(ALLOWED)} == {}
+    assert imported()["huggingface_hub"] == {"vlm.py"}
+
+
+def test_logging_takes_arguments_and_no_text_from_data_is_a_format():
+    levels = {"debug", "info", "warning", "error", "exception", "critical"}
+    for name, node in calls():
+        where = f"{name}:{node.lineno}"
+        if called(node) in levels and ast.unparse(node.func).startswith("log"):
+            assert isinstance(node.args[0], ast.Constant), where
+        if called(node) in {"format", "format_map"} and isinstance(node.func, ast.Attribute):
+            template = node.func.value
+            assert isinstance(template, ast.Constant) or ast.unparse(template) == "super()", where
+        assert called(node) not in {"Template", "from_string"}, where
