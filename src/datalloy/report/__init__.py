@@ -6,17 +6,9 @@ are SVG drawn by hand, a few kilobytes each, instead of a plotting library's fou
 
 from pathlib import Path
 
-from datalloy.report.evidence import evidence
+from datalloy.report import evidence, gallery, keeping, opening, outcome, provenance, refused, shares, utilities
 from datalloy.report.facts import RunFacts
-from datalloy.report.gallery import gallery
-from datalloy.report.keeping import keeping
-from datalloy.report.opening import opening
-from datalloy.report.outcome import outcome
 from datalloy.report.page import Section, render
-from datalloy.report.provenance import provenance
-from datalloy.report.refused import refused
-from datalloy.report.shares import shares
-from datalloy.report.utilities import utilities
 from datalloy.run import write_atomically
 
 
@@ -26,7 +18,7 @@ def write_report(folder: Path) -> Path:
     page = render(
         title=f"{facts.recipe.name}: what to train on",
         heading=f"{facts.recipe.name}: what to train on",
-        opening=opening(facts),
+        opening=opening.header(facts),
         sections=_sections(facts),
     )
     path = folder / "report.html"
@@ -35,11 +27,11 @@ def write_report(folder: Path) -> Path:
 
 
 def _sections(facts: RunFacts) -> list[Section]:
-    sections = [outcome(facts)]
+    sections = [outcome.section(facts)]
     if facts.has_selection:
-        sections.append(keeping(facts))
+        sections.append(keeping.section(facts))
     if facts.has_mixture:
-        sections += [shares(facts), evidence(facts)]
+        sections += [shares.section(facts), evidence.section(facts)]
     if facts.has_selection:
-        sections += [gallery(facts), utilities(facts)]
-    return [*sections, refused(facts), provenance(facts)]
+        sections += [gallery.section(facts), utilities.section(facts)]
+    return [*sections, refused.section(facts), provenance.section(facts)]

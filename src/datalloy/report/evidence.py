@@ -33,7 +33,7 @@ ROWS = 40  # candidates in the table
 PANELS = 3  # pairs of targets in pictures of the front
 
 
-def evidence(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     mixture = facts.mixture
     agreement = mixture["agreement"]["spearman"]
     spent = mixture["spent"]

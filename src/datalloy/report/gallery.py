@@ -39,7 +39,7 @@ class Group:
     rows: Sequence[int]
 
 
-def gallery(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     scores = facts.scores
     groups = [group for group in _groups(facts, scores) if group.rows]
     keys = [(scores.domain[row], scores.id[row]) for group in groups for row in group.rows]

@@ -18,7 +18,7 @@ REASONS = {
 }
 
 
-def keeping(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     kept, pool = int(facts.kept_N.sum()), len(facts.kept_N)
     takeaway = f"{kept:,} of {pool:,} samples are kept: {selection_in_words(facts.arm)}."
     return Section("keeping", "What to keep", takeaway, _by_domain(facts) + _bakeoff(facts.bakeoff))

@@ -37,7 +37,7 @@ class Claim:
         return ("refuted", "bad") if high < 0 else ("not shown", "unsure")
 
 
-def opening(facts: RunFacts) -> str:
+def header(facts: RunFacts) -> str:
     """Header of the page, as markup."""
     cards = [
         ("How sure is that?", _claims(facts)),

@@ -6,7 +6,7 @@ from datalloy.report.markup import details, gained, measured, paragraph, table, 
 from datalloy.report.page import Section
 
 
-def outcome(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     models = list(facts.evaluations)
     where = "held-out sets" if facts.recipe.evaluation else "targets"
     headlines = {name: facts.headline(name) for name in models}

@@ -6,7 +6,7 @@ from datalloy.report.page import Section
 from datalloy.strict_yaml import dump_yaml
 
 
-def provenance(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     record = facts.provenance
     about = {"run folder": facts.path, "fingerprint": record["fingerprint"], "started": record["started"]}
     about |= {key: record[key] for key in ("python", "platform", "cores")}

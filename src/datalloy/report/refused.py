@@ -7,7 +7,7 @@ from datalloy.report.page import Section
 SHOWN = 50  # rejected records in the table; all of them are in rejected.jsonl
 
 
-def refused(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     counts = facts.counts
     accepted = sum(sum(counts[section].values()) for section in ("domains", "targets", "evaluation"))
     takeaway = f"{counts['rejected']:,} of {accepted + counts['rejected']:,} records were rejected. "

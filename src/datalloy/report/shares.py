@@ -11,7 +11,7 @@ from datalloy.report.markup import bracket, number, paragraph, percent, text
 from datalloy.report.page import Section
 
 
-def shares(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     mixture = facts.mixture
     rows = [
         Strip(

@@ -13,7 +13,7 @@ ENDS = (0.005, 0.995)  # quantiles that the charts show; what lies beyond is cou
 CHARTS = 12  # of domains and targets; more are in the table alone
 
 
-def utilities(facts: RunFacts) -> Section:
+def section(facts: RunFacts) -> Section:
     scores = facts.scores
     if not scores.targets or not scores.is_signed:
         takeaway = "Only losses were measured; there is no utility to show. Set score.method: calibrated for it."
