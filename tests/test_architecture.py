@@ -12,14 +12,14 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
-    {"display", "errors", "regular_files", "template", "tiny.world"},
+    {"display", "diversity", "errors", "regular_files", "template", "tiny.world"},
     {"metrics", "objective", "progress", "sample", "simplex", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
     {"checkpoints", "posterior", "scores", "vlm"},
     {"encoding", "mixture", "search", "surface", "target_items"},
     {"bakeoff", "evaluation", "exporters", "leakage", "merging", "readers", "scorers", "selection", "training"},
-    {"mixing"},
+    {"embeddings", "mixing"},
     {"costs", "report", "summary", "viewer", "workflows"},
     {"api", "tiny.demo"},
     {"cli"},

@@ -58,7 +58,7 @@ def probing(proxy, probes):
     )
 
 
-@pytest.fixture(scope="module", params=[*TARGETED, "calibrated", "loss"])
+@pytest.fixture(scope="module", params=[*TARGETED, "less", "calibrated", "loss"])
 def make(request, inputs, probing, probes):
     @functools.cache
     def make(batch_size):

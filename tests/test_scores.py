@@ -187,7 +187,8 @@ def test_contributions_come_back_as_a_matrix_with_nan_rows(tmp_path):
 
 
 def test_another_scorer_leaves_unscored_rows_unscored():
-    low_loss = make_scores().with_utility(np.array([-1.5, -0.5, 7.0]), {"method": "low_loss", "signed": False})
+    scores = make_scores()
+    low_loss = scores.with_utility(np.array([-1.5, -0.5, 7.0]), scores.state, {"method": "low_loss", "signed": False})
     np.testing.assert_array_equal(low_loss.utility, [-1.5, -0.5, np.nan])
     assert low_loss.targets == ()
     assert not low_loss.is_signed

@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from datalloy.config import Select
+from datalloy.embeddings import directions
 from datalloy.errors import DataError
 from datalloy.scores import Scores
 from datalloy.selection import Selection, kept_count, length_correlation, length_strata, select, toxic_mask
@@ -344,3 +345,90 @@ def test_every_sample_has_a_reason_and_ranks_count_from_one(rows, settings, frac
     for group in set(groups):
         ranks = selection.rank[groups == group]
         assert sorted(ranks) == list(range(1, len(ranks) + 1))
+
+
+# --- diversity -----------------------------------------------------------------------------------------------------
+
+
+def twins(count):
+    """Directions in which each two neighbours are one."""
+    return np.repeat(np.eye(count), 2, axis=0)
+
+
+def test_a_threshold_takes_no_copy_of_what_is_taken_and_fills_up_with_others():
+    scores = make_scores([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    selection = select(scores, Select(diversity="threshold"), fraction=0.5, direction_ND=twins(3))
+    assert kept(selection) == {"s0", "s2", "s4"}
+    assert selection.reason.tolist() == ["diverse", "redundant"] * 2 + ["diverse", "below_fraction"]
+    assert selection.rank.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_threshold_keeps_fewer_rather_than_copies():
+    selection = select(make_scores([4, 3, 2, 1]), Select(diversity="threshold"), fraction=1.0, direction_ND=twins(2))
+    assert kept(selection) == {"s0", "s2"}
+
+
+def test_facility_location_keeps_as_many_as_the_ranking_would():
+    scores = make_scores([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    settings = Select(diversity="facility_location", diversity_weight=1.0)
+    selection = select(scores, settings, fraction=0.5, direction_ND=twins(3))
+    assert kept(selection) == {"s0", "s2", "s4"}
+    expected = ["diverse", "redundant", "diverse", "below_fraction", "diverse", "below_fraction"]
+    assert selection.reason.tolist() == expected
+
+
+@pytest.mark.parametrize("within", ["domain", "global"])
+def test_facility_location_without_weight_on_coverage_keeps_what_the_ranking_keeps(within):
+    rng = np.random.default_rng(0)
+    scores = make_scores(rng.normal(size=40), domain=list("ab" * 20))
+    direction_ND = rng.normal(size=(40, 3))
+    plain = select(scores, Select(within=within), fraction=0.3)
+    settings = Select(within=within, diversity="facility_location", diversity_weight=0.0)
+    assert kept(select(scores, settings, fraction=0.3, direction_ND=direction_ND)) == kept(plain)
+
+
+@pytest.mark.parametrize("diversity", ["facility_location", "threshold"])
+def test_diversity_looks_inside_domains(diversity):
+    """The best of one domain is no reason to leave out its copy in another."""
+    scores = make_scores([0.9, 0.8, 0.7, 0.6], domain=["a", "b", "a", "b"])
+    selection = select(scores, Select(diversity=diversity), fraction=0.5, direction_ND=twins(2))
+    assert kept(selection) == {"s0", "s1"}
+
+
+@pytest.mark.parametrize("diversity", ["facility_location", "threshold"])
+def test_diversity_brings_back_nothing_toxic_and_nothing_unscored(diversity):
+    scores = make_scores([3.0, -9.0, None, 1.0, 0.5], state=["ok", "ok", "nonfinite", "ok", "ok"])
+    direction_ND = np.eye(5)
+    selection = select(scores, Select(diversity=diversity), fraction=1.0, direction_ND=direction_ND)
+    assert kept(selection) == {"s0", "s3", "s4"}
+    assert selection.reason[[1, 2]].tolist() == ["toxic", "not_scored:nonfinite"]
+
+
+@pytest.mark.parametrize("diversity", ["facility_location", "threshold"])
+@given(seed=st.integers(0, 1000))
+def test_a_diverse_choice_does_not_depend_on_the_order_of_rows(diversity, seed):
+    rng = np.random.default_rng(seed)
+    utility, names = rng.integers(0, 4, 12) / 4, [f"s{i}" for i in range(12)]
+    domain, direction_ND = list("aab" * 4), directions(rng.integers(-2, 3, (12, 3)).astype(float))
+    order = rng.permutation(12)
+    settings = Select(diversity=diversity, max_similarity=0.7)
+    straight = select(make_scores(utility, domain=domain, id=names), settings, fraction=0.5, direction_ND=direction_ND)
+    shuffled = make_scores(utility[order], domain=[domain[i] for i in order], id=[names[i] for i in order])
+    assert kept(select(shuffled, settings, fraction=0.5, direction_ND=direction_ND[order])) == kept(straight)
+
+
+def test_a_budget_takes_the_first_choices_of_all_domains():
+    scores = make_scores([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], domain=list("aaaabbbb"))
+    settings = Select(diversity="threshold", budget_samples=3)
+    selection = select(scores, settings, fraction=1.0, direction_ND=twins(4))
+    assert selection.kept.sum() == 3
+    assert kept(selection) >= {"s0", "s4"}
+    assert selection.count_reasons() == {"redundant": 4, "diverse": 3, "over_budget": 1}
+
+
+@pytest.mark.parametrize("given_ND", [None, np.eye(2)])
+def test_diversity_without_directions_of_all_rows_is_refused(given_ND):
+    with pytest.raises(
+        DataError, match=r"select\.diversity needs the direction of every row, 3 in all; given: (none|2)"
+    ):
+        select(make_scores([1, 2, 3]), Select(diversity="threshold"), fraction=1.0, direction_ND=given_ND)

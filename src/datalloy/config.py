@@ -8,6 +8,7 @@ relative to `data_root`, which is the recipe's folder unless it says otherwise; 
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,7 +38,9 @@ ScorerName = Literal[
     "tail",
     "first_order",
     "first_order_hooks",
+    "less",
     "calibrated",
+    "deita",
     "random",
     "low_loss",
     "mid_loss",
@@ -45,7 +48,25 @@ ScorerName = Literal[
     "length",
 ]
 
+COMPLEXITY_PROMPT = """\
+How much knowledge and how many steps of thought does the request between the lines need?
+1: none to speak of. 6: those of an expert.
+-----
+{request}
+-----
+Answer with one digit from 1 to 6."""
+QUALITY_PROMPT = """\
+How good is the answer to the request: is it right, does it rest on what is shown, is it complete and clear?
+1: useless or wrong. 6: could not be better.
+----- request
+{request}
+----- answer
+{answer}
+-----
+Rate the answer with one digit from 1 to 6."""
+
 NAME_RULE = "1 to 64 letters, digits, dots, dashes or underscores that begin with a letter or a digit"
+DEITA_MODELS = ("complexity_model", "quality_model")
 TYPE_WORDS = {
     "number": "a number",
     "integer": "a whole number",
@@ -132,6 +153,17 @@ class Select(Section):
     budget_samples: Count | None = Field(None, description="Keep at most so many samples.")
     budget_tokens: Count | None = Field(None, description="Keep at most so many tokens, by utility per token.")
     budget_flops: Positive | None = Field(None, description="Keep at most so many training FLOPs, by utility per FLOP.")
+    diversity: Literal["off", "facility_location", "threshold"] = Field(
+        "off",
+        description="Leave out near-copies, by the proxy's hidden states. facility_location: as many samples, that "
+        "cover the ranking group. threshold: pass over what is too similar to a better sample.",
+    )
+    diversity_weight: Share = Field(
+        0.5, description="facility_location: share of coverage in what is maximised, beside the rank by utility."
+    )
+    max_similarity: Fraction = Field(
+        0.9, description="threshold: the cosine with a sample taken from which on another is passed over."
+    )
     drop_toxic: bool = Field(True, description="Drop samples whose utility is below zero beyond its interval.")
     toxic_confidence: Confidence = Field(0.95, description="One-sided confidence of 'below zero'.")
     bakeoff_epochs: Positive = Field(
@@ -238,6 +270,33 @@ class Evaluate(Section):
     resamples: Count = 2000
 
 
+class Deita(Section):
+    """How `score.method: deita` has requests and answers rated: two models, two questions, answered by 1 to 6."""
+
+    complexity_model: str | None = Field(
+        None, description="Model that rates requests: a folder or a hub id; default: the proxy as it comes."
+    )
+    quality_model: str | None = Field(
+        None, description="Model that rates answers: a folder or a hub id; default: the proxy as it comes."
+    )
+    complexity_prompt: str = Field(
+        COMPLEXITY_PROMPT, description="What is asked about a request, which takes the place of {request}."
+    )
+    quality_prompt: str = Field(
+        QUALITY_PROMPT, description="What is asked about an answer; {request} comes before {answer}."
+    )
+
+    @model_validator(mode="after")
+    def _prompts_have_their_places(self) -> "Deita":
+        for key, prompt, places in (
+            ("complexity_prompt", self.complexity_prompt, ["{request}"]),
+            ("quality_prompt", self.quality_prompt, ["{request}", "{answer}"]),
+        ):
+            if (found := re.findall(r"\{(?:request|answer)\}", prompt)) != places:
+                raise ValueError(f"{key} must hold {' and then '.join(places)} once, found {' '.join(found) or 'none'}")
+        return self
+
+
 class Leakage(Section):
     """What happens when a target or evaluation item is also in the pool."""
 
@@ -266,6 +325,7 @@ class Recipe(Section):
         None, description="Search the domains' shares; `mixture: {}` does so with all defaults. Absent: as they come."
     )
     evaluate: Evaluate = Evaluate()
+    deita: Deita = Deita()
     leakage: Leakage = Leakage()
     max_rejected_fraction: Share = Field(0.01, description="A file of which more is rejected stops the run.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -369,12 +429,18 @@ def _resolve(data: dict[str, Any], *, folder: Path, where: str) -> Recipe:
         update={
             "base": _model_path(recipe.base, folder),
             "proxy": recipe.proxy and _model_path(recipe.proxy, folder),
+            "deita": _resolve_models(recipe.deita, folder),
             "data_root": data_root,
             "domains": _resolve_sources(recipe.domains, data_root),
             "targets": _resolve_sources(recipe.targets, data_root),
             "evaluation": _resolve_sources(recipe.evaluation, data_root),
         }
     )
+
+
+def _resolve_models(deita: Deita, folder: Path) -> Deita:
+    paths = {key: getattr(deita, key) for key in DEITA_MODELS}
+    return deita.model_copy(update={key: path and _model_path(path, folder) for key, path in paths.items()})
 
 
 def _resolve_sources(sources: Mapping[str, DataSource], data_root: str) -> dict[str, DataSource]:

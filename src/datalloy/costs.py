@@ -66,7 +66,7 @@ def _stages(
     used = min(targets, len(recipe.targets) * recipe.score.target_items)
     yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
-    if set(methods) - set(scorers.BASELINES):
+    if set(methods) - {*scorers.BASELINES, *scorers.RATERS}:
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         yield StageCost(
@@ -80,6 +80,9 @@ def _stages(
             "calibrated": pool * (0.9 + 0.3 * recipe.score.replayed_items) * step,
             "first_order": pool * (1 + len(recipe.targets)) * forward,
             "first_order_hooks": pool * step,
+            "less": pool * step,
+            # the proxy's loss and two ratings of a turn; raters of other sizes are not counted
+            "deita": 3 * pool * forward,
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")

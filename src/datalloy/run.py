@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datalloy.config import Recipe
+from datalloy.config import DEITA_MODELS, Recipe
 from datalloy.errors import RunError, RunInUseError
 from datalloy.strict_yaml import dump_yaml
 from datalloy.tiny.model import WEIGHTS
@@ -99,6 +99,9 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, Any]:
     for key in ("base", "proxy"):
         if settings[key]:
             inputs[key] = _model_hash(settings.pop(key))
+    for key in DEITA_MODELS:
+        if settings["deita"][key]:
+            inputs[f"deita.{key}"] = _model_hash(settings["deita"].pop(key))
     return {
         "recipe": settings,
         "inputs": inputs,

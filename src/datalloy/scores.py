@@ -137,18 +137,21 @@ class Scores:
         """Write Parquet at `path`, rows sorted by domain and id; the file appears complete or not at all."""
         write_table(path, self.table, kind="scores", version=SCHEMA_VERSION, metadata={**self.metadata, "sign": SIGN})
 
-    def with_utility(self, utility_N: np.ndarray, metadata: Mapping[str, Any]) -> "Scores":
-        """The same samples ranked by another scorer that knows no targets and no errors: a baseline."""
+    def with_utility(self, utility_N: np.ndarray, state_N: np.ndarray, metadata: Mapping[str, Any]) -> "Scores":
+        """The same samples ranked by another scorer that knows no targets and no errors: a baseline or a rating.
+
+        `state_N` says which rows have that scorer's utility.
+        """
         return Scores.from_columns(
             id=self.id,
             domain=self.domain,
             supervised_tokens=self.supervised_tokens,
             length_tokens=self.length_tokens,
             loss=self.loss,
-            utility=np.where(self.is_ok, utility_N, np.nan),
+            utility=np.where(state_N == "ok", utility_N, np.nan),
             utility_by_target={},
             utility_se=np.full(len(self), np.nan),
-            state=self.state,
+            state=state_N,
             metadata=metadata,
         )
 

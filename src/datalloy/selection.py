@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from datalloy.config import Select
+from datalloy.diversity import apart, facility_location
 from datalloy.errors import DataError
 from datalloy.scores import Scores, read_table, write_table
 from datalloy.uncertainty import rank_agreement
@@ -53,7 +54,8 @@ class Selection:
     """What is kept of a pool and why. N rows in the order of the scores; arrays are [N].
 
     `rank`: 1 is the best of its ranking group (the domain, or the pool), 0 for samples without a utility.
-    `reason`: top_fraction for what is kept; below_fraction, over_budget, toxic, or not_scored:STATE for the rest.
+    `reason`: top_fraction for what is kept, or diverse where diversity chose; below_fraction, over_budget, toxic,
+    redundant (within the fraction, but left out by diversity), or not_scored:STATE for the rest.
     """
 
     table: pa.Table
@@ -116,6 +118,7 @@ def select(
     fraction: float,
     length_normalised: bool = False,
     cost_N: np.ndarray | None = None,
+    direction_ND: np.ndarray | None = None,
 ) -> Selection:
     """Keep the top part of the scored samples.
 
@@ -124,6 +127,11 @@ def select(
             where the recipe says auto. Exactly `round half up (fraction * n)` places of n, and at least one.
         length_normalised: rank within strata of answer length (`length_strata`), each giving the same share.
         cost_N: training FLOPs of each row, needed by `budget_flops` alone.
+        direction_ND: unit vectors of the rows, needed by `diversity` alone.
+
+    With `diversity` the fraction says how many are chosen in each ranking group, and of which samples the fraction and
+    their similarity decide: facility_location takes as many as would be kept without it, threshold at most as many
+    and never fills up with near-copies. A budget then takes the groups' choices in turn, in the order of choice.
 
     A budget of tokens or FLOPs ranks by utility per cost; utilities below zero have no such ratio and come last, by
     themselves. The queue is cut at the first sample that does not fit, even if a later, smaller one would: what is
@@ -149,13 +157,17 @@ def select(
     queue = np.lexsort([tie_N, place_N])
     queue = queue[is_ok_N[queue]]
     rank_N, is_within_N = _ranks(queue, group_N, fraction)
-    is_affordable_N = _affordable(queue, is_within_N & ~is_toxic_N, cost_N, budget)
+    is_wanted_N, is_redundant_N = is_within_N & ~is_toxic_N, np.zeros(len(scores), bool)
+    if settings.diversity != "off":
+        queue, is_redundant_N = _diverse(settings, queue, group_N, is_wanted_N, is_toxic_N, place_N, direction_ND)
+        is_wanted_N = np.isin(np.arange(len(scores)), queue)
+    is_affordable_N = _affordable(queue, is_wanted_N, cost_N, budget)
+    is_kept_N = is_wanted_N & is_affordable_N
     reason_N = np.select(
-        [~is_ok_N, is_toxic_N, ~is_within_N, ~is_affordable_N],
-        ["not_scored:" + scores.state, "toxic", "below_fraction", "over_budget"],
-        default="top_fraction",
+        [~is_ok_N, is_toxic_N, is_redundant_N, ~is_wanted_N, ~is_affordable_N],
+        ["not_scored:" + scores.state, "toxic", "redundant", "below_fraction", "over_budget"],
+        default="top_fraction" if settings.diversity == "off" else "diverse",
     )
-    is_kept_N = reason_N == "top_fraction"
     if not is_kept_N.any():
         raise DataError(_nothing_kept(reason_N))
     metadata = {
@@ -304,6 +316,39 @@ def _ranks(queue: np.ndarray, group_N: np.ndarray, fraction: float) -> tuple[np.
         rank_N[rows] = np.arange(1, len(rows) + 1)
         is_within_N[rows[: kept_count(fraction, len(rows))]] = True
     return rank_N, is_within_N
+
+
+def _diverse(
+    settings: Select,
+    queue: np.ndarray,
+    group_N: np.ndarray,
+    is_wanted_N: np.ndarray,
+    is_toxic_N: np.ndarray,
+    place_N: np.ndarray,
+    direction_ND: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that diversity chooses, as a queue that takes the groups in turn, and which it left out, [N].
+
+    Chosen among all that is not toxic, as many in each group as the ranking alone would keep of it.
+    """
+    if direction_ND is None or len(direction_ND) != len(group_N):
+        found = "none" if direction_ND is None else len(direction_ND)
+        raise DataError(f"select.diversity needs the direction of every row, {len(group_N)} in all; given: {found}")
+    turn_N, is_redundant_N = np.full(len(group_N), np.nan), np.zeros(len(group_N), bool)
+    for group in np.unique(group_N):
+        rows = queue[(group_N[queue] == group) & ~is_toxic_N[queue]]
+        count = int(is_wanted_N[rows].sum())
+        if settings.diversity == "threshold":
+            taken, passed = apart(direction_ND[rows], count, max_similarity=settings.max_similarity)
+            is_redundant_N[rows[passed]] = True
+        else:
+            weight = settings.diversity_weight
+            taken = facility_location(direction_ND[rows], 1 - place_N[rows], count, diversity_weight=weight)
+            left_out = np.setdiff1d(rows, rows[taken])
+            is_redundant_N[left_out] = is_wanted_N[left_out]
+        turn_N[rows[taken]] = (np.arange(len(taken)) + 0.5) / len(rows)
+    order = queue[np.argsort(turn_N[queue], kind="stable")]
+    return order[np.isfinite(turn_N[order])], is_redundant_N
 
 
 def _affordable(queue: np.ndarray, is_wanted_N: np.ndarray, cost_N: np.ndarray, budget: float) -> np.ndarray:

@@ -36,6 +36,7 @@ score:
 # What is kept. auto: the same short runs decide the fraction, for at most bakeoff_epochs passes over the pool.
 select:
   keep_fraction: auto
+  diversity: off   # facility_location | threshold: leave out near-copies
   drop_toxic: true
   bakeoff_epochs: 4
 
@@ -57,6 +58,9 @@ train:
 evaluate:
   max_new_tokens: 64
   confidence: 0.95
+
+# Who rates samples where score.method or select.bakeoff_arms says deita; default: the proxy as it comes.
+# deita: {quality_model: path-or-hub-id, complexity_model: path-or-hub-id}
 
 # What happens when a target or evaluation item is also in the pool. on_leak: error | drop | allow
 leakage:

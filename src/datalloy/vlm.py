@@ -267,6 +267,30 @@ class VLM:
         token_losses_BT = token_losses.new_zeros(targets_BT.shape).masked_scatter(supervised_BT, token_losses)
         return token_losses_BT.sum(dim=1) / supervised_BT.sum(dim=1)
 
+    @torch.no_grad()
+    def logits_at(self, batch: dict[str, Tensor], position_B: Tensor) -> Tensor:
+        """Logits [B, vocabulary], float32, of the token at a position (from 1) of each sample, given all before it."""
+        columns, index_B = torch.unique(position_B - 1, return_inverse=True)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = self.model(**inputs, logits_to_keep=columns.to(self.device), use_cache=False).logits
+        return logits[torch.arange(len(index_B)), index_B].float()
+
+    @torch.no_grad()
+    def mean_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the decoder's last layer holds, normed, as the mean over each sample's tokens, [B, width] float32.
+
+        Tokens of images and of the chat template included, padding left out.
+        """
+        states: list[Tensor] = []
+        handle = self.final_norm().register_forward_hook(lambda _module, _args, output: states.append(output))
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        try:
+            self.model(**inputs, logits_to_keep=1, use_cache=False)
+        finally:
+            handle.remove()
+        weight_BT1 = batch["attention_mask"].unsqueeze(2).float()
+        return (states[0].float() * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
+
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers to the prompts of the samples, in their order, stripped and without special tokens.
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from datalloy import bakeoff, config, leakage, readers, scorers
+from datalloy import bakeoff, config, embeddings, leakage, readers, scorers
 from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
 from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
@@ -308,16 +308,19 @@ class Workflow:
         target = self.run.path(f"scores/{method}.parquet")
         if self.run.finished(f"scores/{method}") is not None:
             return Scores.read(target)
-        shards = [range(i, min(i + SHARD, len(self.pool))) for i in range(0, len(self.pool), SHARD)]
+        shards = self._shards()
         scorer: scorers.Scorer | None = None
+        rater: scorers.Rater | None = None
         for number, shard in enumerate(track(shards, f"score ({method})", len(shards))):
             unit, path = f"scores/{method}/{number:05d}", self.run.path(f"scores/{method}/{number:05d}.parquet")
             if self.run.finished(unit) is None:
                 scorer = scorer or self._scorer(method)
+                if method in scorers.RATERS:
+                    rater = rater or self._rater(method)
                 if number + 1 < len(shards):
                     self._encoded_pool.read_ahead(shards[number + 1])
                 started = time.monotonic()
-                self._score_rows(scorer, shard, method).write(path)
+                self._score_rows(scorer, rater, shard, method).write(path)
                 self.run.commit(unit, [path], {"seconds": time.monotonic() - started})
         parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
         table = replace(Scores.concat(parts), metadata=self._score_metadata(method))
@@ -326,14 +329,30 @@ class Workflow:
         return table
 
     def _scorer(self, method: str) -> scorers.Scorer:
-        probing = self._probing if method != "loss" else None
+        probing = None if method in ("loss", *scorers.RATERS) else self._probing
         return scorers.prepare(method, self._scoring_inputs, probing, self._encoded_probes)
 
-    def _score_rows(self, scorer: scorers.Scorer, shard: range, method: str) -> Scores:
+    def _rater(self, method: str) -> scorers.Rater:
+        """One of `scorers.RATERS`."""
+        return {"deita": self._deita}[method]()
+
+    def _deita(self) -> scorers.Rater:
+        settings = self.recipe.deita
+        names = (settings.complexity_model, settings.quality_model)
+        # one model once, also where it is asked both questions
+        loaded = {name: VLM.load(name, device=self.recipe.device) if name else self._proxy_base for name in set(names)}
+        return scorers.DeitaRater(
+            *(loaded[name] for name in names),
+            complexity_prompt=settings.complexity_prompt,
+            quality_prompt=settings.quality_prompt,
+            batch_size=self.recipe.score.batch_size,
+        )
+
+    def _score_rows(self, scorer: scorers.Scorer, rater: scorers.Rater | None, shard: range, method: str) -> Scores:
         samples, encoded = [self.pool[i] for i in shard], [self._encoded_pool[i] for i in shard]
         block = scorer.score(encoded)
         utility_NG = np.where(block.finite_N[:, None], block.utility_NG, np.nan)
-        return Scores.from_columns(
+        scores = Scores.from_columns(
             id=[s.id for s in samples],
             domain=[s.domain for s in samples],
             supervised_tokens=[e.supervised_tokens for e in encoded],
@@ -346,6 +365,10 @@ class Workflow:
             contributions=block.fall_NV if self.recipe.score.contributions else None,
             metadata={"method": method, "signed": scorer.signed},
         )
+        if rater is None:
+            return scores
+        ratings = rater.rate(samples)
+        return scores.with_utility(ratings.rating_N, ratings.state_N, scores.metadata)
 
     @cached_property
     def _proxy(self) -> VLM:
@@ -404,19 +427,19 @@ class Workflow:
         }
 
     def _score_metadata(self, method: str) -> dict[str, Any]:
-        metadata: dict[str, Any] = {"method": method, "signed": method != "loss"}
-        if method == "loss":
-            return metadata
+        if method in ("loss", *scorers.RATERS):
+            return {"method": method, "signed": False}
         scorer = self._scorer(method)
         agreement = scorers.agreement_with_exact(scorer, self._probing, self._encoded_probes, self.recipe.score.seed)
         return {
-            **metadata,
+            "method": method,
+            "signed": scorer.signed,
             "step": self._probing.steps.get(method, self._probing.steps["exact"]),
             "step_rule": self.recipe.score.step_rule,
             "agreement_with_exact": asdict(agreement),
             "noise_floor": self._probing.noise_floor,
             "harm_below": 0.0
-            if "first_order" in method
+            if method in scorers.WITHOUT_STEP
             else self._probing.harm_below.get(method, self._probing.harm_below["exact"]),
             "step_scans": dict(self._probing.scans),
         }
@@ -440,13 +463,34 @@ class Workflow:
         settings = self.recipe.select.model_copy(update={"within": arm.within})
         if arm.scorer == "full":
             settings = settings.model_copy(update={"drop_toxic": False})
+        if arm.scorer in ("full", "random"):  # what the others are compared with
+            settings = settings.model_copy(update={"diversity": "off"})
         return select(
             self.scores_by("random" if arm.scorer == "full" else arm.scorer),
             settings,
             fraction=arm.fraction,
             length_normalised=self.recipe.score.length_normalised,
             cost_N=self._training_flops_N,
+            direction_ND=None if settings.diversity == "off" else self._directions_ND,
         )
+
+    @cached_property
+    def _directions_ND(self) -> np.ndarray:
+        """Where the proxy's last layer puts each sample, seen from the pool's mean, in the order of the pool."""
+        parts = []
+        shards = self._shards()
+        for number, shard in enumerate(track(shards, "embed", len(shards))):
+            unit, path = f"embeddings/{number:05d}", self.run.path(f"embeddings/{number:05d}.npy")
+            if self.run.finished(unit) is None:
+                states = embeddings.embed(self._proxy, [self._encoded_pool[i] for i in shard])
+                write_atomically(path, embeddings.to_bytes(states))
+                self.run.commit(unit, [path])
+            parts.append(embeddings.from_bytes(path.read_bytes()))
+        return embeddings.directions(np.concatenate(parts))
+
+    def _shards(self) -> list[range]:
+        """Rows of the pool, a unit of work each."""
+        return [range(i, min(i + SHARD, len(self.pool))) for i in range(0, len(self.pool), SHARD)]
 
     def scores_by(self, scorer: str) -> Scores:
         """The pool's scores by any scorer; baselines are made from the columns of the first table."""
@@ -457,7 +501,9 @@ class Workflow:
         rows = [keys[row] for row in zip(table.domain, table.id, strict=True)]
         seen = scorers.Seen(table.loss, table.supervised_tokens, rows, self.recipe.select.seed)
         utility_N = scorers.BASELINES[scorer](seen)
-        return table.with_utility(np.where(table.is_ok, utility_N, np.nan), {"method": scorer, "signed": False})
+        # what a rater could not rate has a loss all the same
+        state_N = np.where(np.isfinite(table.loss), "ok", np.where(table.is_ok, "nonfinite", table.state))
+        return table.with_utility(utility_N, state_N, {"method": scorer, "signed": False})
 
     def _chosen_arm(self) -> tuple[bakeoff.Arm, dict[str, Any] | None]:
         score, settings = self.recipe.score, self.recipe.select

@@ -1,8 +1,9 @@
 """The proxy, the targets and some probes in, a scorer that is ready to score out.
 
 The family of scorers: `exact` (the definition), `tail` (exact on the last layers), `calibrated` (cheap features
-fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), and the
-baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all of them.
+fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), `less` (cosines
+of gradients), and the baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all.
+Raters (`deita`) read samples instead of measuring them and give `Ratings`.
 """
 
 import itertools
@@ -11,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 from torch.nn import Parameter
 
 from datalloy.config import Score
 from datalloy.errors import AgreementError
 from datalloy.scorers.baselines import BASELINES, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
+from datalloy.scorers.deita import DeitaRater
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
+from datalloy.scorers.less import LessScorer
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
+from datalloy.scorers.rating import Rater, Ratings
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
 from datalloy.scorers.tail import TailScorer
 from datalloy.scorers.taps import Taps
@@ -30,8 +35,13 @@ from datalloy.vlm import VLM, Encoded
 __all__ = [
     "BASELINES",
     "GRID",
+    "RATERS",
     "SCAN_PROBES",
+    "WITHOUT_STEP",
+    "DeitaRater",
     "Probing",
+    "Rater",
+    "Ratings",
     "ScoreBlock",
     "Scorer",
     "ScoringInputs",
@@ -43,6 +53,8 @@ __all__ = [
 
 SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size
 NOISE_PROBES = 6
+RATERS = ("deita",)  # methods that read samples; what the proxy's forward pass gives stands beside their ratings
+WITHOUT_STEP = ("first_order", "first_order_hooks", "less")  # of no finite step, so harm begins at zero
 HARM_QUANTILE = 0.05  # of the target items' own utilities: a sample below it is worse than clean samples are
 
 
@@ -128,7 +140,7 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
 def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes: Sequence[Encoded]) -> Scorer:
     """The scorer named `method`. `probing` is needed by all but the baselines."""
     settings, vlm, items = inputs.settings, inputs.vlm, inputs.items
-    if method in ("loss", *BASELINES) or probing is None:
+    if method in ("loss", *BASELINES, *RATERS) or probing is None:
         return LossScorer(vlm, targets=len(items.names), batch_size=settings.batch_size)
     if method == "tail":
         return _tail(inputs, probing.steps["tail"])
@@ -151,6 +163,10 @@ def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes:
             min_agreement=settings.min_agreement,
             seed=settings.seed,
         )
+    if method == "less":
+        taps = Taps(vlm)
+        roots = _root_second_moments(inputs, taps.weights())
+        return LessScorer(vlm, items, taps, root_second_moments=roots, batch_size=settings.batch_size)
     if method == "first_order_hooks":
         return TapScorer(vlm, items, rule=StepRule(settings.step_rule), step=step, batch_size=settings.batch_size)
     steppable = Steppable(scoped_parameters(vlm, settings.scope, freeze_vision=inputs.freeze_vision))
@@ -200,8 +216,11 @@ def harm_below(scorer: OneStepScorer, targets: Mapping[str, Sequence[Encoded]]) 
 def _rule(inputs: ScoringInputs, parameters: Sequence[Parameter]) -> StepRule:
     if inputs.settings.step_rule != "adamw":
         return StepRule(inputs.settings.step_rule)
-    moments = root_second_moments(inputs.vlm, inputs.pool_batch, parameters, batch_size=inputs.train_batch_size)
-    return StepRule("adamw", moments)
+    return StepRule("adamw", _root_second_moments(inputs, parameters))
+
+
+def _root_second_moments(inputs: ScoringInputs, parameters: Sequence[Parameter]) -> tuple[Tensor, ...]:
+    return root_second_moments(inputs.vlm, inputs.pool_batch, parameters, batch_size=inputs.train_batch_size)
 
 
 def _exact(inputs: ScoringInputs, step: float) -> ExactScorer:

@@ -87,7 +87,7 @@ class FiniteDifferenceScorer:
             with self.steppable.moved(direction, epsilon):
                 slopes.append((pool.losses() - loss_N) / epsilon)
         utility_NG = self.step * np.array(slopes).T
-        return _block(loss_N, utility_NG, self.weight_G)
+        return block_without_errors(loss_N, utility_NG, self.weight_G)
 
 
 class _Pool:
@@ -138,8 +138,8 @@ class TapScorer:
         slope_NG = measured.slope_NG
         if self.rule.name == "unit_norm":
             slope_NG = slope_NG / np.maximum(np.sqrt(measured.squared_norm_N), TINY)[:, None]
-        return _block(measured.loss_N, self.step * slope_NG, self.weight_G)
+        return block_without_errors(measured.loss_N, self.step * slope_NG, self.weight_G)
 
 
-def _block(loss_N: np.ndarray, utility_NG: np.ndarray, weight_G: np.ndarray) -> ScoreBlock:
+def block_without_errors(loss_N: np.ndarray, utility_NG: np.ndarray, weight_G: np.ndarray) -> ScoreBlock:
     return ScoreBlock(loss_N, utility_NG, utility_NG @ weight_G, np.full(len(loss_N), np.nan))

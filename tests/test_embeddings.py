@@ -1,0 +1,37 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from datalloy.embeddings import directions, embed, from_bytes, to_bytes
+from datalloy.sample import Turn
+from drawn import draw_samples
+
+
+def test_an_embedding_is_the_mean_of_the_last_states_of_the_sample_alone(proxy, pool):
+    found_ND = embed(proxy, pool)
+    for state_D, sample in zip(found_ND, pool, strict=True):
+        with torch.no_grad():
+            outputs = proxy.model(**proxy.collate([sample]) | {"labels": None}, output_hidden_states=True)
+        assert state_D == pytest.approx(outputs.hidden_states[-1][0].mean(dim=0).numpy(), abs=1e-4)
+
+
+def test_samples_keep_their_order(proxy, pool):
+    assert len({sample.length for sample in pool}) > 2
+    assert embed(proxy, pool[::-1])[::-1] == pytest.approx(embed(proxy, pool), abs=1e-4)
+
+
+def test_pictures_and_texts_both_move_an_embedding(proxy):
+    sample, other = draw_samples(2)
+    picture, question = sample.turns[0].parts
+    requests = [(picture, question), (other.images[0], question), (picture, question + " And why?")]
+    samples = [dataclasses.replace(sample, turns=(Turn("user", parts), sample.turns[1])) for parts in requests]
+    state_ND = embed(proxy, [proxy.encode(sample) for sample in samples])
+    assert np.abs(state_ND[1:] - state_ND[0]).max(axis=1).min() > 1e-3
+
+
+def test_states_come_back_from_their_file_as_they_were(proxy, pool):
+    state_ND = embed(proxy, pool[:3])
+    np.testing.assert_array_equal(from_bytes(to_bytes(state_ND)), state_ND)
+    assert directions(state_ND).shape == state_ND.shape
