@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from datalloy.sample import Origin, Sample, Turn
 from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
 from drawn import build_vlm, draw_samples
+
+hypothesis.settings.register_profile("datalloy", deadline=None)  # a busy machine is no fault of a test
+hypothesis.settings.load_profile("datalloy")
 
 
 @pytest.fixture(scope="session")
