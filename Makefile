@@ -5,6 +5,8 @@
 #   make check    lint, format and types
 #   make bench    every figure of docs/performance.md (some three hours of one core); the peers are measured where
 #                 MERGEKIT=path/to/mergekit-yaml and PEERS=bin-folder-with-bergson-and-kronfluence are given
+#   make docs     the documentation as a site in build/site; opens offline
+#   make reference  docs/recipe.md and docs/cli.md again, from the code
 #   make packs    the example recipe on real data: make packs DATA=folder with the unpacked packs
 #   make tiny     train the embedded model again, from scratch (over an hour of one core)
 #
@@ -15,7 +17,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench packs tiny wheel clean
+.PHONY: setup demo test check bench packs tiny wheel docs reference clean
 
 setup: $(VENV)/.datalloy-installed
 
@@ -50,6 +52,13 @@ packs: setup
 
 tiny: setup
 	$(BIN)/python scripts/pretrain_tiny.py --out src/datalloy/tiny/weights
+
+docs: setup
+	$(BIN)/python -m mkdocs build --quiet
+	@echo 'build/site/index.html; searching works where it is served: python -m http.server -d build/site'
+
+reference: setup
+	$(BIN)/python scripts/build_reference.py
 
 wheel: setup
 	$(BIN)/python -m build --wheel
