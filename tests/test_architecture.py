@@ -13,13 +13,14 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
     {"display", "diversity", "errors", "regular_files", "template", "tiny.world"},
+    {"locations"},
     {"metrics", "objective", "progress", "sample", "simplex", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
     {"checkpoints", "posterior", "scores", "vlm"},
     {"encoding", "mixture", "search", "surface", "target_items"},
-    {"bakeoff", "evaluation", "exporters", "leakage", "merging", "readers", "scorers", "selection", "training"},
-    {"embeddings", "mixing"},
+    {"bakeoff", "evaluation", "leakage", "merging", "readers", "scorers", "selection", "training"},
+    {"embeddings", "exporters", "mixing"},
     {"costs", "report", "summary", "viewer", "workflows"},
     {"api", "tiny.demo"},
     {"cli"},

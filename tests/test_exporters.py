@@ -12,6 +12,7 @@ import pytest
 from datalloy.config import DataSource
 from datalloy.errors import DataError
 from datalloy.exporters import export_rows
+from datalloy.locations import locate
 from datalloy.readers import read_all
 from reader_contract import ALL, LAYOUTS, Conversation, samples_of, write_pictures
 
@@ -22,8 +23,15 @@ GOOD = (
 )
 
 
-def read_back(path: Path, media_root: Path):
-    return samples_of(DataSource(path=str(path), media_root=str(media_root)))
+def export(source: DataSource, samples, out: Path) -> list[Path]:
+    return export_rows(samples, out, sources={"shapes": source})
+
+
+def read_back(written: list[Path], media_root: Path):
+    """The exported rows, by the list of LLaMA-Factory where there is one."""
+    listed = [path for path in written if path.name == "dataset_info.json"]
+    path = f"{listed[0]}#shapes" if listed else str(written[0])
+    return samples_of(DataSource(path=path, media_root=str(media_root)))
 
 
 def without_place(sample):
@@ -33,9 +41,10 @@ def without_place(sample):
 
 @pytest.mark.parametrize("write", LAYOUTS.values(), ids=LAYOUTS)
 def test_exported_rows_are_read_back_as_the_same_samples(tmp_path, write):
-    first, _, third = samples_of(write(tmp_path, ALL))
-    data, _ = export_rows([third, first], tmp_path / "out")
-    assert [without_place(sample) for sample in read_back(data, tmp_path)] == [
+    source = write(tmp_path, ALL)
+    first, _, third = samples_of(source)
+    written = export(source, [third, first], tmp_path / "out")
+    assert [without_place(sample) for sample in read_back(written, tmp_path)] == [
         without_place(third),
         without_place(first),
     ]
@@ -44,10 +53,11 @@ def test_exported_rows_are_read_back_as_the_same_samples(tmp_path, write):
 @pytest.mark.parametrize("write", LAYOUTS.values(), ids=LAYOUTS)
 def test_repeated_samples_are_written_repeatedly(tmp_path, write):
     conversations = [Conversation((f"question {n}", "answer")) for n in range(5)]
-    samples = samples_of(write(tmp_path, conversations))
+    source = write(tmp_path, conversations)
+    samples = samples_of(source)
     chosen = [samples[n] for n in (4, 0, 4, 2, 4)]
-    data, _ = export_rows(chosen, tmp_path / "out")
-    assert [sample.content_hash for sample in read_back(data, tmp_path)] == [sample.content_hash for sample in chosen]
+    written = export(source, chosen, tmp_path / "out")
+    assert [sample.content_hash for sample in read_back(written, tmp_path)] == [s.content_hash for s in chosen]
 
 
 def test_lines_are_copied_byte_for_byte(tmp_path):
@@ -88,7 +98,7 @@ def test_each_domain_has_its_file_and_its_media_root(tmp_path):
     )
     shapes = samples_of(source)
     plain = [replace(sample, domain="plain") for sample in shapes if not sample.images]
-    written = export_rows([*shapes, *plain], tmp_path / "out", media_roots={"shapes": source.media_root})
+    written = export_rows([*shapes, *plain], tmp_path / "out", sources={"shapes": source})
     assert [path.name for path in written] == ["shapes.jsonl", "plain.jsonl", "media_roots.json"]
     roots = json.loads(written[-1].read_text())
     assert roots == {"shapes.jsonl": str(tmp_path / "a/pictures"), "plain.jsonl": str(tmp_path / "a")}
@@ -96,9 +106,10 @@ def test_each_domain_has_its_file_and_its_media_root(tmp_path):
 
 def test_another_media_root_than_the_readers_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
-    samples = samples_of(LAYOUTS["llava-json"](tmp_path, ALL))
-    with pytest.raises(DataError, match=r"first: .*square\.png is not in .*other; give export the media_root"):
-        export_rows(samples, tmp_path / "out", media_roots={"shapes": str(tmp_path / "other")})
+    source = LAYOUTS["llava-json"](tmp_path, ALL)
+    samples = samples_of(source)
+    with pytest.raises(DataError, match=r"first: .*square\.png is not in .*other; give export the source"):
+        export(source.model_copy(update={"media_root": str(tmp_path / "other")}), samples, tmp_path / "out")
 
 
 def test_the_source_is_never_written_over(tmp_path):
@@ -110,18 +121,30 @@ def test_the_source_is_never_written_over(tmp_path):
     assert Path(source.path).read_bytes() == before
 
 
-def test_a_domain_of_two_files_is_refused(tmp_path):
-    samples = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        samples += samples_of(LAYOUTS["messages-jsonl"](tmp_path / name, ALL))
-    with pytest.raises(
-        DataError, match=r"domain shapes comes from .*a/train\.jsonl, .*b/train\.jsonl; a domain has one"
-    ):
-        export_rows(samples, tmp_path / "out")
+@pytest.mark.parametrize("layout", ["parquet-messages-struct", "webdataset-tar"])
+def test_a_domain_of_several_files_becomes_a_folder_of_as_many(tmp_path, layout):
+    suffix = locate(LAYOUTS[layout](tmp_path, ALL).path).files[0].suffix
+    (tmp_path / "shards").mkdir()
+    for number, conversations in enumerate([ALL, [replace(c, id=f"{c.id} again") for c in ALL]]):
+        Path(LAYOUTS[layout](tmp_path, conversations).path).rename(tmp_path / "shards" / f"{number:02d}{suffix}")
+    source = DataSource(path=f"{tmp_path}/shards/{{00..01}}{suffix}")
+    samples = samples_of(source)
+    assert [sample.origin.row for sample in samples] == [0, 1, 2, 0, 1, 2]
+    written = export(source, [samples[n] for n in (5, 0, 2, 3)], tmp_path / "out")
+    assert written[:2] == [tmp_path / "out" / "shapes" / f"0000{number}{suffix}" for number in (0, 1)]
+    again = samples_of(DataSource(path=str(tmp_path / "out" / "shapes")))
+    assert [without_place(sample) for sample in again] == [without_place(samples[n]) for n in (0, 2, 5, 3)]
 
 
-@pytest.mark.parametrize("layout", ["messages-jsonl", "messages-json", "parquet-messages-struct"])
+def test_members_of_a_tar_keep_their_headers(tmp_path):
+    source = LAYOUTS["webdataset-tar"](tmp_path, ALL)
+    written = export(source, samples_of(source), tmp_path / "out")
+    original = Path(source.path).read_bytes().rstrip(b"\0")
+    assert written[0].read_bytes().startswith(original)
+    assert written[0].read_bytes()[len(original) :].strip(b"\0") == b""
+
+
+@pytest.mark.parametrize("layout", ["messages-jsonl", "messages-json", "parquet-messages-struct", "webdataset-tar"])
 def test_a_file_that_lost_rows_is_refused_and_the_old_export_stays(tmp_path, layout):
     samples = samples_of(LAYOUTS[layout](tmp_path, ALL))
     data, roots = export_rows(samples, tmp_path / "out")

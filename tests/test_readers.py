@@ -1,12 +1,15 @@
 """Readers: the contract for every format, then faults of files, of JSON, of records and of image paths."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -46,6 +49,45 @@ class TestLLaVALines(ReaderContract):
 
 class TestLLaVAArray(ReaderContract):
     layout, format = "llava-json", "llava"
+
+
+class TestTypedBlocks(ReaderContract):
+    layout, format = "messages-typed-blocks", "messages"
+
+
+class TestPromptCompletion(ReaderContract):
+    layout, format = "prompt-completion-jsonl", "prompt_completion"
+    fault = "missing_messages"
+
+
+class TestAlpaca(ReaderContract):
+    layout, format = "alpaca-jsonl", "alpaca"
+    fault = "empty_content"
+
+
+class TestLLaMAFactoryShareGPT(ReaderContract):
+    layout, format = "llama-factory-sharegpt", "llama_factory"
+
+
+class TestLLaMAFactoryOpenAI(ReaderContract):
+    layout, format = "llama-factory-openai", "llama_factory"
+
+
+class TestLLaMAFactoryAlpaca(ReaderContract):
+    layout, format = "llama-factory-alpaca", "llama_factory"
+    fault = "empty_content"
+
+
+class TestSavedDataset(ReaderContract):
+    layout, format = "hf-saved", "hf"
+
+
+class TestDatasetFolder(ReaderContract):
+    layout, format = "hf-folder", "hf"
+
+
+class TestWebDataset(ReaderContract):
+    layout, format = "webdataset-tar", "webdataset"
 
 
 class TestParquetStructs(ReaderContract):
@@ -254,7 +296,7 @@ def test_detection_looks_past_bad_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"prompt": "x", "completion": "y"}', r"keys \['prompt', 'completion'\]; wanted: .*'messages'"),
+        ("a.jsonl", b'{"text": "x", "label": "y"}', r"keys \['text', 'label'\]; wanted: .*'messages'"),
         ("a.jsonl", b"", "it holds no record"),
         ("a.json", b"{\n}", "the first record is refused .malformed_json"),
         ("a.csv", b"question,answer\n", r"does not end in \.jsonl, \.ndjson, \.json; set `format` to one of messages"),
@@ -588,11 +630,21 @@ def test_any_bytes_as_lines_are_all_accounted_for(tmp_path_factory, content):
 
 
 @settings(max_examples=300)
-@given(ANY_BYTES, st.sampled_from(["any.json", "any.jsonl", "any.parquet"]))
+@given(ANY_BYTES, st.sampled_from(["any.json", "any.jsonl", "any.parquet", "any.tar"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, name):
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(content)
-    for format in ("auto", "messages", "sharegpt", "llava", "parquet"):
+    for format in (
+        "auto",
+        "messages",
+        "sharegpt",
+        "llava",
+        "alpaca",
+        "prompt_completion",
+        "parquet",
+        "hf",
+        "webdataset",
+    ):
         refusal = refusal_of(DataSource(path=str(path), format=format))
         assert refusal is None or str(path) in refusal
 
@@ -609,6 +661,206 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path_factory, data):
     path.write_bytes(content)
     refusal = refusal_of(DataSource(path=str(path), format="parquet"))
     assert refusal is None or str(path) in refusal
+
+
+# Keys that trainers act on
+
+
+@pytest.mark.parametrize(
+    ("turns", "accepted"),
+    [
+        ([{**QUESTION, "loss": False}, {**ANSWER, "loss": True, "loss_scale": 1.0}], True),
+        ([QUESTION, {**ANSWER, "train": None, "weight": 1}], True),
+        ([QUESTION, {**ANSWER, "loss": False}], False),
+        ([QUESTION, {**ANSWER, "weight": 0}], False),
+        ([QUESTION, {**ANSWER, "loss_scale": 0.5}], False),
+        ([{**QUESTION, "train": True}, ANSWER], False),
+    ],
+)
+def test_flags_are_accepted_only_where_they_say_what_is_done_anyway(tmp_path, turns, accepted):
+    source = write_lines(tmp_path, {"messages": turns})
+    assert reasons(source) == ([] if accepted else [(1, "loss_flag")])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**GOOD, "tools": [{"name": "search"}]},
+        {**GOOD, "objects": {"bbox": [[0, 0, 1, 1]]}},
+        {"messages": [QUESTION, {**ANSWER, "tool_calls": [{"function": {}}]}]},
+        {"messages": [QUESTION, {**ANSWER, "train_detail": [{"begin_offset": 0}]}]},
+    ],
+)
+def test_keys_that_change_the_prompt_are_refused(tmp_path, record):
+    assert reason_of(tmp_path, record) == "unsupported_key"
+
+
+def test_empty_keys_change_nothing(tmp_path):
+    accepted(tmp_path, {**GOOD, "tools": [], "objects": None, "channel": "maths"})
+
+
+# Typed blocks, prompts and completions, alpaca
+
+
+def test_an_image_url_block_may_name_a_file(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"picture")
+    blocks = [{"type": "image_url", "image_url": {"url": "x.png"}}, {"type": "text", "text": "?"}]
+    sample = accepted(tmp_path, {"messages": [{"role": "user", "content": blocks}, ANSWER]})
+    assert sample.turns[0].parts == (FileImage(tmp_path / "x.png"), "?")
+
+
+@pytest.mark.parametrize("block", [{"base64": "AAAA"}, {"source": {"type": "base64", "data": "AAAA"}}])
+def test_a_picture_inside_the_text_is_refused_by_name(tmp_path, block):
+    blocks = [{"type": "image", **block}]
+    assert reason_of(tmp_path, {"messages": [{"role": "user", "content": blocks}, ANSWER]}) == "image_inline"
+
+
+def test_pictures_that_no_placeholder_asks_for_come_first_in_a_prompt(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"picture")
+    record = {"prompt": "q", "completion": "a", "images": ["x.png"]}
+    sample = accepted(tmp_path, record, "prompt_completion")
+    assert sample.turns[0].parts == (FileImage(tmp_path / "x.png"), "q")
+    assert sample.answer == "a"
+
+
+def test_a_completion_is_the_assistants_alone(tmp_path):
+    record = {"prompt": "q", "completion": [QUESTION]}
+    assert reason_of(tmp_path, record, "prompt_completion") == "bad_turn_order"
+
+
+def test_instruction_and_input_are_two_lines_of_one_question(tmp_path):
+    record = {"instruction": "Add.", "input": "2 + 2", "output": "4", "system": "s", "history": [["a", "b"]]}
+    turns = accepted(tmp_path, record, "alpaca").turns
+    assert [turn.text for turn in turns] == ["s", "a", "b", "Add.\n2 + 2", "4"]
+
+
+def test_query_and_response_are_read_as_alpaca(tmp_path):
+    write_lines(tmp_path, {"query": "q", "response": "a"})
+    assert detect_format(tmp_path / "train.jsonl") == "alpaca"
+    assert accepted(tmp_path, {"query": "q", "response": "a"}, "alpaca").answer == "a"
+
+
+@pytest.mark.parametrize("history", ["a", [["a"]], [["a", 1]]])
+def test_a_bad_history_is_rejected(tmp_path, history):
+    assert reason_of(tmp_path, {"instruction": "q", "output": "a", "history": history}, "alpaca") == "bad_content"
+
+
+# Lists of LLaMA-Factory
+
+
+def listed(folder: Path, record: dict, **entry) -> DataSource:
+    write_lines(folder, record)
+    (folder / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "train.jsonl", **entry}}))
+    return DataSource(path=f"{folder}/dataset_info.json#d")
+
+
+TALK = {"conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}], "images": ["x.png"]}
+
+
+def test_columns_that_an_entry_leaves_out_are_not_there(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"picture")
+    source = listed(tmp_path, TALK, formatting="sharegpt", columns={"messages": "conversations"})
+    assert reasons(source) == [(1, "image_count_mismatch")]
+    assert reasons(listed(tmp_path, TALK, formatting="sharegpt")) == [(1, "image_count_mismatch")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"formatting": "chatml"}, "formatting is 'chatml'; known: alpaca, sharegpt, openai"),
+        ({"ranking": True}, "preference data"),
+        ({"columns": {"kto_tag": "label"}}, "preference data"),
+        ({"formatting": "sharegpt", "tags": {"role_tag": "role"}}, "tags lacks content_tag, user_tag, assistant_tag"),
+        ({"columns": ["instruction"]}, "an object of column names"),
+    ],
+)
+def test_an_entry_that_cannot_be_followed_is_refused(tmp_path, entry, message):
+    with pytest.raises(DataError, match=message):
+        read_all(listed(tmp_path, TALK, **entry), "d")
+
+
+def test_a_list_is_read_as_llama_factory_or_not_at_all(tmp_path):
+    source = listed(tmp_path, TALK, formatting="sharegpt")
+    with pytest.raises(DataError, match="with format llama_factory or auto"):
+        read_all(source.model_copy(update={"format": "sharegpt"}), "d")
+
+
+# Saved datasets, tars
+
+
+def test_what_hugging_face_datasets_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets to read what it really writes")
+    turns = [{"role": "user", "content": "<image>?"}, ANSWER]
+    picture = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2), "red").save(picture, "PNG")
+    rows = [{"messages": turns, "images": [{"bytes": picture.getvalue(), "path": "a.png"}]}, {**GOOD, "images": []}]
+    table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "train.parquet")
+    first, second = (
+        read_all(DataSource(path=path), "d")[0] for path in (f"{tmp_path}/saved#train", f"{tmp_path}/train.parquet")
+    )
+    assert [sample.content_hash for sample in first] == [sample.content_hash for sample in second]
+    assert first[0].images[0].read() == picture.getvalue()
+
+
+def write_tar(folder: Path, *members: tuple[str, bytes], **attributes) -> DataSource:
+    with tarfile.open(folder / "train.tar", "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in attributes.items():
+                setattr(info, key, value)
+            archive.addfile(info, io.BytesIO(data))
+    return DataSource(path=str(folder / "train.tar"))
+
+
+RECORD = json.dumps({"messages": [{"role": "user", "content": "<image>?"}, ANSWER]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("1.jpg", b"picture")], "missing_messages"),
+        ([("1.json", RECORD), ("1.a.json", RECORD)], "missing_messages"),
+        ([("1.json", b"{torn"), ("1.jpg", b"picture")], "malformed_json"),
+        ([("1.json", b'{"label": 3}'), ("1.jpg", b"picture")], "missing_messages"),
+        ([("1.json", RECORD)], "image_count_mismatch"),
+        ([("1.json", RECORD), ("1.mp4", b"video")], "unsupported_media"),
+        ([("1.json", RECORD[:-1] + b', "images": ["0.jpg", "7.jpg"]}'), ("1.0.jpg", b"picture")], "image_missing"),
+    ],
+)
+def test_a_bad_sample_of_a_tar_has_its_reason(tmp_path, members, reason):
+    samples, rejects = read_all(write_tar(tmp_path, *members), "d")
+    assert ([reject.reason for reject in rejects], samples) == ([reason], [])
+
+
+def test_a_link_in_a_tar_is_never_followed(tmp_path):
+    (tmp_path / "secret").write_bytes(RECORD)
+    source = write_tar(tmp_path, ("1.json", b""), type=tarfile.SYMTYPE, linkname=str(tmp_path / "secret"))
+    assert [reject.reason for reject in read_all(source, "d")[1]] == ["bad_member"]
+
+
+def test_names_in_a_tar_are_no_paths(tmp_path):
+    before = sorted(tmp_path.parent.rglob("*"))
+    source = write_tar(tmp_path, ("../../1.json", RECORD), ("../../1.jpg", b"picture"))
+    (sample,) = read_all(source, "d")[0]
+    assert sample.images[0].read() == b"picture"
+    assert sorted(tmp_path.parent.rglob("*")) == sorted([*before, tmp_path / "train.tar"])
+
+
+def test_a_single_picture_of_a_tar_may_keep_the_name_it_had(tmp_path):
+    record = RECORD[:-1] + b', "images": ["coco/train/9.jpg"]}'
+    (sample,) = read_all(write_tar(tmp_path, ("1.json", record), ("1.jpg", b"picture")), "d")[0]
+    assert sample.images[0].read() == b"picture"
+
+
+def test_a_tar_that_was_cut_off_is_refused(tmp_path):
+    source = write_tar(tmp_path, ("1.json", RECORD), ("1.jpg", b"picture" * 9999))
+    with Path(source.path).open("r+b") as file:
+        file.truncate(20_000)
+    with pytest.raises(DataError, match=r"train\.tar is not a tar that can be read"):
+        read_all(source, "d")
 
 
 # The outside

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from datalloy.display import holds_secret
 from datalloy.errors import RecipeError
+from datalloy.locations import HUB
 from datalloy.regular_files import NotRegularError, read_regular
 from datalloy.strict_yaml import parse_yaml
 
@@ -31,7 +32,18 @@ Listed = Field(strict=False)  # a YAML list may stand for the tuple; its items s
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
-Format = Literal["auto", "messages", "sharegpt", "llava", "parquet"]
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "llava",
+    "alpaca",
+    "prompt_completion",
+    "parquet",
+    "hf",
+    "webdataset",
+    "llama_factory",
+]
 Metric = Literal["exact_match", "relaxed_accuracy", "option_letter", "anls", "answer_probability", "loss"]
 ScorerName = Literal[
     "exact",
@@ -87,7 +99,11 @@ class Section(BaseModel):
 class DataSource(Section):
     """A dataset file: where it is and how to read it."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, relative to data_root.")
+    path: str = Field(
+        description="JSONL, JSON, Parquet or Arrow file, WebDataset tars as shard-{000..009}.tar, a saved dataset or "
+        "dataset folder as FOLDER#SPLIT, dataset_info.json#NAME of LLaMA-Factory, all relative to data_root; or "
+        "hf://datasets/ORG/NAME#SPLIT."
+    )
     format: Format = Field("auto", description="How the file is laid out; auto looks at its first records.")
     media_root: str | None = Field(
         None, description="Folder image paths start from, relative to data_root; default: the file's."
@@ -447,7 +463,7 @@ def _resolve_sources(sources: Mapping[str, DataSource], data_root: str) -> dict[
     return {
         name: source.model_copy(
             update={
-                "path": _absolute(source.path, data_root),
+                "path": source.path if source.path.startswith(HUB) else _absolute(source.path, data_root),
                 "media_root": source.media_root and _absolute(source.media_root, data_root),
             }
         )

@@ -24,6 +24,7 @@ from typing import Any
 
 from datalloy.config import DEITA_MODELS, Recipe
 from datalloy.errors import RunError, RunInUseError
+from datalloy.locations import HUB, locate_or_missing
 from datalloy.strict_yaml import dump_yaml
 from datalloy.tiny.model import WEIGHTS
 
@@ -93,8 +94,7 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, Any]:
     inputs = {}
     for section in ("domains", "targets", "evaluation"):
         for name, source in settings[section].items():
-            path = Path(source.pop("path"))
-            inputs[f"{section}.{name}"] = file_hash(path) if path.is_file() else "missing"
+            inputs[f"{section}.{name}"] = source_hash(source.pop("path"))
             source.pop("media_root")  # pictures are hashed with their samples
     for key in ("base", "proxy"):
         if settings[key]:
@@ -108,6 +108,18 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, Any]:
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "datalloy": importlib.metadata.version("datalloy"),
     }
+
+
+def source_hash(path: str) -> str:
+    """Hash of a source's files: of one file its own, of several that of their hashes in order; or the hub address.
+
+    What a list of LLaMA-Factory says about a file is part of what is read.
+    """
+    if path.startswith(HUB):
+        return path
+    located = locate_or_missing(path)
+    hashes = [file_hash(file) if file.is_file() else "missing" for file in located.files]
+    return hashes[0] if len(hashes) == 1 and not located.entry else digest([hashes, located.entry])
 
 
 def _model_hash(model: str) -> str:

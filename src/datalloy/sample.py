@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import PIL.Image
 import PIL.ImageFile
@@ -32,6 +32,7 @@ MAX_GREY = 65_535  # of 16 bits; what lies beyond has no agreed white
 _FILTERS_OF_WARNINGS = threading.Lock()  # they are the process's, and samples are encoded in threads
 
 
+@runtime_checkable
 class ImageRef(Protocol):
     """Where the bytes of one picture are. Opened on demand, never at scan time."""
 

@@ -30,6 +30,7 @@ from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
 from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
 from datalloy.exporters import export_rows
+from datalloy.locations import locate_or_missing
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
 from datalloy.progress import track
@@ -188,7 +189,8 @@ class Workflow:
         allowed = self.recipe.max_rejected_fraction
         for section in ("domains", "targets", "evaluation"):
             for name, source in getattr(self.recipe, section).items():
-                kept, bad = counts[section][name], counts["rejected_by_file"].get(str(Path(source.path)), 0)
+                kept, files = counts[section][name], locate_or_missing(source.path).files
+                bad = sum(counts["rejected_by_file"].get(str(file), 0) for file in files)
                 if kept == 0:
                     raise DataError(
                         f"{section}.{name} ({source.path}) has no usable sample; see {self.run.path('rejected.jsonl')}"
@@ -693,8 +695,7 @@ class Workflow:
         folder = self.run.path("export")
         if self.run.finished("export") is None:
             kept = self.mixing.training_set() if self.recipe.mixture else self._used_samples()
-            roots = {name: domain.media_root for name, domain in self.recipe.domains.items()}
-            files = export_rows(kept, folder, media_roots=roots)
+            files = export_rows(kept, folder, sources=self.recipe.domains)
             self.run.commit("export", files, {"samples": len(kept)})
         return folder
 

@@ -1,8 +1,9 @@
-"""A dataset file in, samples and rejects out, in file order.
+"""A data source in, samples and rejects out, in the order of its files.
 
-Each format is a module with one function, `read_turns(fields, root)`: one record's fields in, its turns out, or
-RecordError with a reason word. All else is here, once: origins, ids, content hashes, counting. Nothing vanishes:
-samples and rejects together are the records of the file, and a record is never repaired.
+Each layout is a module with one function, `read_turns(fields, root)`: one record's fields in, its turns out, or
+RecordError with a reason word. Each container (JSON, Parquet, Arrow, tar) is a function from a file to its records.
+All else is here, once: origins, ids, content hashes, counting. Nothing vanishes: samples and rejects together are the
+records of the files, and a record is never repaired.
 
 The content hash reads every image once, so reading costs about what hashing the pictures costs.
 """
@@ -10,26 +11,27 @@ The content hash reads every image once, so reading costs about what hashing the
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datalloy.config import DataSource
 from datalloy.errors import DataError
-from datalloy.readers import llava, messages, parquet, sharegpt
+from datalloy.locations import Located, locate
+from datalloy.readers.arrow import FILE_MAGIC, STREAM_MAGIC, arrow_records
+from datalloy.readers.layouts import LAYOUTS, Listed, ReadTurns, layout_of, read_by_keys
 from datalloy.readers.parquet import parquet_records
 from datalloy.readers.records import Record, RecordError, json_records, open_data_file, shown
+from datalloy.readers.tables import Columns
+from datalloy.readers.webdataset import tar_records
 from datalloy.sample import Origin, Sample, Turn, content_hash
 
 log = logging.getLogger(__name__)
 
-FORMATS: dict[str, Callable[[dict[str, Any], Path], tuple[Turn, ...]]] = {
-    "messages": messages.read_turns,
-    "sharegpt": sharegpt.read_turns,
-    "llava": llava.read_turns,
-    "parquet": parquet.read_turns,
-}
+# Containers, where the layout follows from the keys or from an entry of a list; LAYOUTS are JSON files.
+CONTAINERS = ("parquet", "hf", "webdataset", "llama_factory")
+FORMATS = (*LAYOUTS, *CONTAINERS)
 
 DETECTION_RECORDS = 100
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -57,13 +59,12 @@ def read(source: DataSource, domain: str) -> Iterator[Sample | Reject]:
     copy the same with "-n". A second record with the same id is rejected. Raises DataError where the file as a whole
     cannot be read.
     """
-    path = Path(source.path)
-    format_name = detect_format(path) if source.format == "auto" else source.format
-    records = parquet_records(path) if format_name == "parquet" else json_records(path)
-    root = _media_root(source)
+    located = locate(source.path)
+    read_turns = _read_turns(source, located)
+    root = _media_root(source, located)
     origins: dict[str, Origin] = {}
     copies: Counter[str] = Counter()
-    for record in records:
+    for path, record in _records(source, located):
         origin = Origin(path, record.row, record.line)
         given_id = ""
         try:
@@ -71,7 +72,7 @@ def read(source: DataSource, domain: str) -> Iterator[Sample | Reject]:
             given_id = _given_id(fields)
             if given_id in origins:
                 raise RecordError("duplicate_id", f"{origins[given_id]} has the same id")
-            turns = FORMATS[format_name](fields, root)
+            turns = read_turns(fields, root)
             digest = _readable_content_hash(turns)
         except RecordError as fault:
             yield Reject(path, record.row, record.line, given_id, fault.reason, fault.detail)
@@ -98,15 +99,38 @@ def read_all(source: DataSource, domain: str) -> tuple[list[Sample], list[Reject
     return samples, rejects
 
 
-def detect_format(path: Path) -> str:
-    """The format of a file: Parquet by its first bytes, the JSON formats by the keys of its first 100 records.
+def detect_format(source: str | Path) -> str:
+    """The format of a path: by what it names, by the first bytes of a file, of JSON by the keys of 100 records.
 
     Raises DataError that names what was found and what is allowed.
     """
+    return _detect(locate(str(source)))
+
+
+def _detect(located: Located) -> str:
+    path = located.files[0]
+    if located.entry:
+        return "llama_factory"
+    container = _container(path)
+    if container == "tar":
+        return "webdataset"
+    if located.is_folder or container == "arrow":
+        return "hf"
+    return "parquet" if container == "parquet" else _detect_layout(path)
+
+
+def _container(path: Path) -> str:
+    """What a file is by its first bytes: parquet, arrow or tar, else json. Raises DataError."""
     with open_data_file(path) as file:
-        head = file.read(4)
-    if head == b"PAR1":
+        head = file.read(512)
+    if head.startswith(b"PAR1"):
         return "parquet"
+    if head.startswith((FILE_MAGIC, STREAM_MAGIC)):
+        return "arrow"
+    return "tar" if head[257:262] == b"ustar" else "json"
+
+
+def _detect_layout(path: Path) -> str:
     if path.suffix.lower() not in JSON_SUFFIXES:
         raise DataError(
             f"cannot tell the format of {path}: its content is not Parquet and its name does not end in "
@@ -114,22 +138,62 @@ def detect_format(path: Path) -> str:
         )
     first = [record.fields for record in itertools.islice(json_records(path), DETECTION_RECORDS)]
     objects = [fields for fields in first if isinstance(fields, dict)]
-    if any("messages" in fields for fields in objects):
-        return "messages"
-    if any("conversations" in fields for fields in objects):
-        return "llava" if any("image" in fields for fields in objects) else "sharegpt"
+    layouts = [layout for fields in objects if (layout := layout_of(fields))]
+    if layouts:
+        return "llava" if layouts[0] == "sharegpt" and "llava" in layouts else layouts[0]
     if objects:
         found = f"the first record has the keys {shown(list(objects[0]))}"
     else:
         found = f"the first record is refused ({first[0]})" if first else "it holds no record"
     raise DataError(
         f"cannot tell the format of {path}: {found}; wanted: JSONL or a JSON array of objects with 'messages' "
-        "(format messages) or 'conversations' (format sharegpt, or llava with 'image'), or Parquet"
+        "(format messages), 'conversations' (sharegpt, or llava with 'image'), 'prompt' and 'completion' "
+        "(prompt_completion), 'instruction' and 'output' (alpaca), or Parquet; any other keys can be named in a "
+        "dataset_info.json of LLaMA-Factory: path dataset_info.json#NAME"
     )
 
 
-def _media_root(source: DataSource) -> Path:
-    root = Path(source.media_root) if source.media_root else Path(source.path).parent
+def _read_turns(source: DataSource, located: Located) -> ReadTurns:
+    """How the records of a source become turns. Raises DataError where its format is not what its path names."""
+    format_name = _detect(located) if source.format == "auto" else source.format
+    if (format_name == "llama_factory") != bool(located.entry):
+        raise DataError(
+            f"{source.path} has the format {format_name}; an entry of LLaMA-Factory's list is written as "
+            "PATH/dataset_info.json#NAME, with format llama_factory or auto"
+        )
+    if located.entry:
+        listed = Listed.from_entry(source.path, located.entry)
+        return lambda fields, root: listed.read_turns(listed.rename(fields), root)
+    return LAYOUTS.get(format_name, read_by_keys)
+
+
+def _records(source: DataSource, located: Located) -> Iterator[tuple[Path, Record]]:
+    """The records of all files, each with its file."""
+    for path in located.files:
+        if source.format in LAYOUTS:
+            records = json_records(path)
+        elif source.format in ("parquet", "webdataset"):
+            records = parquet_records(path) if source.format == "parquet" else tar_records(path)
+        else:
+            records = _by_container(path, source, located)
+        for record in records:
+            yield path, record
+
+
+def _by_container(path: Path, source: DataSource, located: Located) -> Iterator[Record]:
+    columns = Columns(Listed.from_entry(source.path, located.entry).columns) if located.entry else Columns()
+    match _container(path):
+        case "parquet":
+            return parquet_records(path, columns)
+        case "arrow":
+            return arrow_records(path, columns)
+        case "tar":
+            return tar_records(path)
+    return json_records(path)
+
+
+def _media_root(source: DataSource, located: Located) -> Path:
+    root = Path(source.media_root) if source.media_root else located.root
     if source.media_root and not root.is_dir():
         raise DataError(f"the media_root {root} of {source.path} is not a folder; image paths start from it")
     return root.resolve()

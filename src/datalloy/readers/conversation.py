@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datalloy.readers.records import RecordError, shown
-from datalloy.sample import MAX_IMAGE_BYTES, FileImage, ImageRef, ParquetImage, Part, Role, Turn
+from datalloy.sample import MAX_IMAGE_BYTES, FileImage, ImageRef, Part, Role, Turn
 
 # Far beyond what any model takes: what is longer would cost minutes of tokenising or gigabytes of pixels to refuse.
 MAX_TEXT_CHARACTERS = 1_000_000
@@ -28,6 +28,7 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 # Stands in a turn for "the next of the record's images".
 SLOT = None
+Draft = tuple[Role, list[Part | None]]
 
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -56,7 +57,7 @@ def find_images(fields: dict[str, Any], key: str, root: Path) -> list[ImageRef]:
     if value is None:
         return []
     values = value if isinstance(value, list) else [value]
-    return [item if isinstance(item, ParquetImage) else find_image_file(item, root) for item in values]
+    return [item if isinstance(item, ImageRef) else find_image_file(item, root) for item in values]
 
 
 def find_image_file(value: Any, root: Path) -> FileImage:
@@ -85,7 +86,7 @@ def find_image_file(value: Any, root: Path) -> FileImage:
     return FileImage(path)
 
 
-def build_turns(drafts: Sequence[tuple[Role, Sequence[Part | None]]], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
+def build_turns(drafts: Sequence[Draft], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
     """The turns with the images in their slots, in order. Raises RecordError where a conversation breaks a rule."""
     _check_size(drafts, images)
     slots = sum(part is SLOT for _, parts in drafts for part in parts)

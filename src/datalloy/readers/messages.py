@@ -1,15 +1,17 @@
 """A record of the messages format in, turns out: `{"messages": [{"role", "content"}], "images": [path]}`.
 
-The format of OpenAI, ms-swift and TRL. Content is a string with an `<image>` placeholder for each path in `images`,
-or a list of typed blocks: `{"type": "text", "text"}` and `{"type": "image"}`. A block that names its own file under
-`image`, `path` or `url` takes that one, any other takes the next of `images`. Other keys of the record are ignored.
+The format of OpenAI, ms-swift, TRL and axolotl. Content is a string with an `<image>` placeholder for each path in
+`images`, or a list of typed blocks: `{"type": "text", "text"}` and `{"type": "image"}`. A block that names its own file
+under `image`, `path` or `url`, or as OpenAI's `{"type": "image_url", "image_url": {"url"}}`, takes that one, any other
+takes the next of `images`. Keys of the record that change nothing in training are ignored, others refused (`unread`).
 """
 
 from pathlib import Path
 from typing import Any, get_args
 
-from datalloy.readers.conversation import SLOT, build_turns, find_image_file, find_images, split_placeholders
+from datalloy.readers.conversation import SLOT, Draft, build_turns, find_image_file, find_images, split_placeholders
 from datalloy.readers.records import RecordError, shown
+from datalloy.readers.unread import refuse_unread, refuse_unread_in_turn
 from datalloy.sample import Part, Role, Turn
 
 _ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
@@ -21,8 +23,16 @@ def read_turns(fields: dict[str, Any], root: Path) -> tuple[Turn, ...]:
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RecordError("missing_messages", f"'messages' is {shown(messages)}; a list of turns is wanted")
-    drafts = [(_role(message), _parts(message.get("content"), root)) for message in messages]
+    refuse_unread(fields)
+    drafts = [draft(message, root) for message in messages]
     return build_turns(drafts, find_images(fields, "images", root))
+
+
+def draft(message: Any, root: Path) -> Draft:
+    """The role and the parts of one turn. Raises RecordError."""
+    role = _role(message)
+    refuse_unread_in_turn(message, role)
+    return role, _parts(message.get("content"), root)
 
 
 def _role(message: Any) -> Role:
@@ -46,6 +56,10 @@ def _block_part(block: Any, root: Path) -> Part | None:
     match block:
         case {"type": "text", "text": str(text)}:
             return text
+        case {"type": "image_url", "image_url": {"url": file}}:
+            return find_image_file(file, root)
+        case {"type": "image", **rest} if rest.get("base64") or rest.get("source"):
+            raise RecordError("image_inline", "the picture stands in the text; write it to a file and give its path")
         case {"type": "image"}:
             named = [block[key] for key in _PATH_KEYS if block.get(key) is not None]
             if len(named) > 1:

@@ -86,7 +86,7 @@ def json_records(path: Path) -> Iterator[Record]:
         if head.startswith(b"PAR1"):
             raise DataError(f"{path} is a Parquet file; set `format: parquet` or `format: auto`")
         if head[257:262] == b"ustar":
-            raise DataError(f"{path} is a tar archive; unpack it first")
+            raise DataError(f"{path} is a tar archive; set `format: webdataset` or `format: auto`")
         is_array = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
         if is_array and path.suffix.lower() not in _LINE_SUFFIXES:
             yield from _array_records(file.read(), path)
@@ -108,7 +108,7 @@ def _line_records(file: BinaryIO) -> Iterator[Record]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            fields = _fields(line.removesuffix(b"\n").removesuffix(b"\r"))
+            fields = parse_record(line.removesuffix(b"\n").removesuffix(b"\r"))
         yield Record(row, number, fields)
         row += 1
 
@@ -121,7 +121,7 @@ def _array_records(data: bytes, path: Path) -> Iterator[Record]:
     del data  # the price of an array is its text once, not its bytes as well
     try:
         for row, element in enumerate(_array_elements(text)):
-            yield Record(row, 0, _fields(element))
+            yield Record(row, 0, parse_record(element))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}:{error.colno}: malformed JSON array: {error.msg}; where records end cannot be told "
@@ -159,7 +159,8 @@ def _after_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _fields(raw: bytes | str) -> dict[str, Any] | RecordError:
+def parse_record(raw: bytes | str) -> dict[str, Any] | RecordError:
+    """One strict JSON object, or why it is none."""
     try:
         return _parse_object(raw if isinstance(raw, str) else raw.decode())
     except RecordError as fault:

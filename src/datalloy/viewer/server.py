@@ -130,8 +130,7 @@ class View:
         """Write the rows of the edited selection, each once, byte for byte; the folder is named by what it holds."""
         samples = self.texts.unchanged_samples(np.flatnonzero(self.table.kept_N))
         folder = self.table.folder / EDITED / digest([[s.domain, s.id] for s in samples])[:8]
-        roots = {name: domain.media_root for name, domain in self.recipe.domains.items()}
-        files = export_rows(samples, folder, media_roots=roots)
+        files = export_rows(samples, folder, sources=self.recipe.domains)
         return {"folder": str(folder), "rows": len(samples), "files": [path.name for path in files]}
 
 

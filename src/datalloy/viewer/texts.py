@@ -24,7 +24,10 @@ import numpy as np
 from datalloy import readers
 from datalloy.config import Recipe
 from datalloy.errors import DataError, DatalloyError
-from datalloy.run import file_hash
+from datalloy.locations import locate_or_missing
+from datalloy.readers.arrow import ArrowImage
+from datalloy.readers.webdataset import TarImage
+from datalloy.run import source_hash
 from datalloy.sample import FileImage, Origin, ParquetImage, Part, Sample, Turn
 from datalloy.viewer.table import RunTable
 
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FILE = "viewer/texts.sqlite"
 BATCH = 512
-IMAGE_KINDS: dict[str, type] = {kind.__name__: kind for kind in (FileImage, ParquetImage)}
+IMAGE_KINDS: dict[str, type] = {kind.__name__: kind for kind in (FileImage, ParquetImage, ArrowImage, TarImage)}
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class Texts:
     def _make(self) -> None:
         with self._open() as file:
             file.execute(
-                "CREATE TABLE texts (row INTEGER PRIMARY KEY, place INTEGER, line INTEGER, hash TEXT, turns TEXT, "
-                "folded TEXT)"
+                "CREATE TABLE texts (row INTEGER PRIMARY KEY, file TEXT, place INTEGER, line INTEGER, hash TEXT, turns "
+                "TEXT, folded TEXT)"
             )
             for domain in self.table.span:
                 self._check_unchanged(domain)
@@ -93,7 +96,7 @@ class Texts:
                 while batch := list(itertools.islice(samples, BATCH)):
                     rows = self.table.rows_of(domain, [sample.id for sample in batch])
                     lines = [_line(int(row), sample) for row, sample in zip(rows, batch, strict=True) if row >= 0]
-                    file.executemany("INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?)", lines)
+                    file.executemany("INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)", lines)
                     file.commit()
                     self.progress = Progress(self.progress.read + len(lines), len(self.table))
             if self.progress.read != len(self.table):
@@ -112,11 +115,11 @@ class Texts:
         return (item for item in items if isinstance(item, Sample))
 
     def _check_unchanged(self, domain: str) -> None:
-        path = Path(self.recipe.domains[domain].path) if domain in self.recipe.domains else Path()
+        path = self.recipe.domains[domain].path if domain in self.recipe.domains else "."
         known = self.parts["inputs"].get(f"domains.{domain}")
-        if not path.is_file():
-            raise DataError(f"{path}, the file of domain {domain}, is not there; put it back where the run read it")
-        if known != file_hash(path):
+        if missing := [file for file in locate_or_missing(path).files if not file.is_file()]:
+            raise DataError(f"{missing[0]}, of domain {domain}, is not there; put it back where the run read it")
+        if known != source_hash(path):
             raise DataError(f"{path} has changed since the run; its texts may belong to other scores. Run again")
 
     def sample(self, row: int) -> Sample | None:
@@ -130,13 +133,12 @@ class Texts:
         with self._open() as file:
             file.execute("CREATE TEMP TABLE wanted (row INTEGER PRIMARY KEY)")
             file.executemany("INSERT INTO wanted VALUES (?)", ((int(row),) for row in rows))
-            found = "SELECT row, place, line, hash, turns FROM texts JOIN wanted USING (row)"
+            found = "SELECT row, file, place, line, hash, turns FROM texts JOIN wanted USING (row)"
             for domain, (first, last) in self.table.span.items():
-                path = Path(self.recipe.domains[domain].path)
-                inside = f"{found} WHERE row >= ? AND row < ? ORDER BY place"
-                for row, place, line, digest, turns in file.execute(inside, (first, last)):
+                inside = f"{found} WHERE row >= ? AND row < ? ORDER BY file, place"
+                for row, file_name, place, line, digest, turns in file.execute(inside, (first, last)):
                     name = self.table.key(row)[1]
-                    yield row, Sample(name, domain, _turns(turns), Origin(path, place, line), digest)
+                    yield row, Sample(name, domain, _turns(turns), Origin(Path(file_name), place, line), digest)
 
     def unchanged_samples(self, rows: np.ndarray) -> list[Sample]:
         """The samples of rows that are to be copied from their files. Raises DataError where these have changed."""
@@ -161,10 +163,10 @@ class Texts:
         return contextlib.closing(sqlite3.connect(self.path, timeout=30))
 
 
-def _line(row: int, sample: Sample) -> tuple[int, int, int, str, str, str]:
+def _line(row: int, sample: Sample) -> tuple[int, str, int, int, str, str, str]:
     turns = json.dumps([[turn.role, [_written(part) for part in turn.parts]] for turn in sample.turns])
     folded = "\n".join([sample.id, *(turn.text for turn in sample.turns)]).casefold()
-    return row, sample.origin.row, sample.origin.line, sample.content_hash, turns, folded
+    return row, str(sample.origin.path), sample.origin.row, sample.origin.line, sample.content_hash, turns, folded
 
 
 def _written(part: Part) -> str | dict[str, Any]:
