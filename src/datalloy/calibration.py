@@ -24,7 +24,7 @@ experts were trained to the end.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -55,6 +55,7 @@ SCALE_NODES = np.linspace(-3, 3, 25)  # where the scale is integrated, in standa
 JITTER = 1e-9  # of the variance, so that repeated runs without noise can be inverted
 POOL = 128  # mixtures looked at before the best are refined
 STARTS = 8
+INTERVAL_POOL, DRAWS = 256, 400  # mixtures and draws of the surface from which the intervals of weights are read
 SLOPE_STEP = 1e-5  # for slopes by differences of the posterior mean
 DISTINCT = 0.05  # share of samples by which two planned runs must differ
 APART = 0.15  # the same for the promising ones, where there is room: near ones tell little that is new
@@ -68,7 +69,8 @@ class TrainedMixtures:
 
     The experts belong here too, as vertices. `true_NV` and `merged_NV` are values, higher is better (a loss negated),
     `target_V` the target of each item, 0 to G - 1. `seed_sd_G`: standard deviation of a target's mean between
-    trainings that differ by their seed alone, where it was measured; zero where it was not.
+    trainings that differ by their seed alone, where it was measured; zero where it was not. `has_items`: false where
+    only means and standard errors are known and V are stand-ins for the items behind them.
 
     Raises DataError for arrays that do not fit each other, values that are not finite, weights that are no mixture,
     and targets with fewer than two items, whose noise cannot be told.
@@ -80,6 +82,7 @@ class TrainedMixtures:
     merged_NV: np.ndarray
     target_V: np.ndarray
     seed_sd_G: np.ndarray
+    has_items: bool = True
 
     def __post_init__(self) -> None:
         mixtures, items = len(self.weight_NK), len(self.target_V)
@@ -121,6 +124,7 @@ class TrainedMixtures:
             self.merged_NV[rows_N],
             self.target_V,
             self.seed_sd_G,
+            self.has_items,
         )
 
     def find(self, weight_K: np.ndarray) -> int | None:
@@ -294,7 +298,39 @@ def _target_means(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
 # --- which mixture, which runs ---------------------------------------------------------------------------------------
 
 
-def recommend(calibration: Calibration, simplex: Simplex, objective: Objective, *, seed: int) -> np.ndarray:
+class Surface(Protocol):
+    """What is thought of the true values of all mixtures: a calibration, or anything else that was fitted."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    def predict(self, weight_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Means and standard errors, both [M, G]."""
+        ...
+
+    def draw(self, weight_MK: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """`count` draws of the values of M mixtures together, [count, M, G]."""
+        ...
+
+
+def weight_intervals(
+    surface: Surface,
+    simplex: Simplex,
+    objective: Objective,
+    pick_K: np.ndarray,
+    *,
+    confidence: float,
+    seed: int,
+) -> np.ndarray:
+    """For each weight, where the best mixture lies in most draws of the surface, [K, 2]; the pick is inside."""
+    pool_NK = np.vstack([pick_K, simplex.sample(INTERVAL_POOL, seed)])
+    best_R = objective.score(surface.draw(pool_NK, DRAWS, seed)).argmax(axis=1)
+    tail = (1 - confidence) / 2
+    low_K, high_K = np.quantile(pool_NK[best_R], (tail, 1 - tail), axis=0)
+    return np.stack([np.minimum(low_K, pick_K), np.maximum(high_K, pick_K)], axis=1)
+
+
+def recommend(calibration: Surface, simplex: Simplex, objective: Objective, *, seed: int) -> np.ndarray:
     """The feasible mixture with the best objective of expected values, [K], guard rails kept by the expected values.
 
     A pool of mixtures drawn from `seed` is predicted, and the best are refined. Raises RecipeError where no mixture
@@ -331,7 +367,7 @@ class PlannedRun:
 
 
 def plan_runs(
-    calibration: Calibration,
+    calibration: Surface,
     simplex: Simplex,
     objective: Objective,
     *,
@@ -446,7 +482,7 @@ class Verdict:
 
 def judge(
     trained: TrainedMixtures,
-    calibration: Calibration,
+    calibration: Surface,
     objective: Objective,
     *,
     pick_K: np.ndarray,
@@ -522,7 +558,7 @@ def _score(trained: TrainedMixtures, objective: Objective, seed: int) -> _Scores
 def _gain(
     trained: TrainedMixtures,
     scores: _Scores,
-    calibration: Calibration,
+    calibration: Surface,
     objective: Objective,
     weight_MK: np.ndarray,
     confidence: float,
@@ -600,7 +636,7 @@ def _gain_in_words(gain: Gain, trained: TrainedMixtures, confidence: float, *, i
         return "The pick is the uniform mixture itself."
     runs = int((~trained.is_vertex_N).sum())
     low, high = gain.interval
-    source = f"measured on {len(trained.target_V)} items"
+    source = f"measured on {len(trained.target_V)} items" if trained.has_items else "from the standard errors told"
     if gain.source == "predicted":
         source = f"predicted from {runs} real run{'' if runs == 1 else 's'}"
     numbers = f"{gain.mean:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, {source})"

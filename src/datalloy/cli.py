@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -134,6 +134,65 @@ def view(
     from datalloy.viewer import serve
 
     serve(run, other, port=port, open_page=open_page, say=lambda address: print(address, flush=True))
+
+
+@app.command()
+def ask(
+    recipe: RecipePath,
+    count: Annotated[int, typer.Option(min=1, help="How many mixtures shall be open for measuring.")] = 4,
+    verify: Annotated[bool, typer.Option("--verify", help="Mixtures to really train on, not to merge.")] = False,
+    experts: Annotated[Path, typer.Option(metavar="DIR", help="Holds one checkpoint a domain.")] = Path("experts"),
+    sets: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Name the mixtures whose numbers are wanted next; you merge or train and evaluate them, anywhere."""
+    from datalloy import asktell
+    from datalloy.told_recipe import load_told
+
+    told = load_told(recipe, sets or ())
+    for proposal in asktell.ask(told, run, count=count, verify=verify, experts=experts):
+        shares = ", ".join(f"{name} {w:.2%}" for name, w in zip(told.domains, proposal.weight_K, strict=False) if w)
+        print(f"{proposal.candidate:<18}{proposal.role:<18}{shares}")
+    print((Path(run) if run else asktell.default_folder(told)) / "mixture" / "proposals.jsonl")
+
+
+@app.command()
+def tell(
+    recipe: RecipePath,
+    results: Annotated[list[Path], typer.Argument(help="Own tables, or result files of evaluators.")],
+    candidate: Annotated[str | None, typer.Option(help="Whose results they are, as `ask` named it; or base.")] = None,
+    kind: Annotated[
+        Literal["merged", "trained"] | None, typer.Option(help="Of mixtures that were not asked for.")
+    ] = None,
+    sets: Overrides = None,
+    run: RunFolder = None,
+) -> None:
+    """Take in numbers of mixtures; the recommendation so far with its interval and verdict."""
+    from datalloy import asktell
+    from datalloy.summary import summarise
+    from datalloy.told_recipe import load_told
+
+    told = load_told(recipe, sets or ())
+    folder = Path(run) if run else asktell.default_folder(told)
+    new, advice = asktell.tell(told, results, run, candidate=candidate, kind=kind)
+    print(f"{new} new mixtures, all others were known")
+    if advice is None:
+        print(f"at least {asktell.LEAST} mixtures of one kind are needed for a recommendation")
+        print(folder / "mixture" / "told.jsonl")
+        return
+    for line in [*summarise("tell", folder), *asktell.advice_lines(advice)]:
+        print(line)
+    print(folder / "mixture" / "mixture.json")
+
+
+@app.command()
+def results(
+    files: Annotated[list[Path], typer.Argument(help="Of lmms-eval, lm-evaluation-harness or VLMEvalKit.")],
+) -> None:
+    """Print result files of other evaluators as one tidy CSV table: value, standard error and n of each metric."""
+    from datalloy.evaluators import read_results, table_text
+
+    print(table_text([measure for file in files for measure in read_results(file)]), end="")
 
 
 @app.command()

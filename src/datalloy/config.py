@@ -381,6 +381,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with one line for each faulty key.
     """
+    data, where = read_recipe(path, overrides)
+    mixture = data.get("mixture")
+    if isinstance(mixture, dict) and mixture.get("metric") == "told":
+        raise RecipeError(f"{where}: mixture.metric is told, so its numbers come from you: `datalloy ask` and `tell`")
+    path = Path(path)
+    return _resolve(data, folder=path if path.is_dir() else path.parent, where=where)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """A recipe as plain data, unchecked, with overrides applied; and its name for messages. Raises RecipeError."""
     path = Path(path)
     if path.is_dir():
         path = path / "config.yaml"
@@ -402,7 +412,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _refuse_secrets(override, "--set")
         data = _override(data, override)
-    return _resolve(data, folder=path.parent, where=" --set ".join([str(path), *overrides]))
+    return data, " --set ".join([str(path), *overrides])
 
 
 def _refuse_secrets(text: str, where: str) -> None:
@@ -438,7 +448,7 @@ def _resolve(data: dict[str, Any], *, folder: Path, where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
-        raise RecipeError(_explain(error, where)) from None
+        raise RecipeError(explain(error, where, Recipe)) from None
     data_root = _absolute(recipe.data_root or ".", folder)
 
     return recipe.model_copy(
@@ -484,14 +494,15 @@ def _model_path(model: str, folder: Path) -> str:
 # --- what a fault is called: the JSON schema of the recipe says what is allowed where --------------------------------
 
 
-def _explain(error: pydantic.ValidationError, where: str) -> str:
+def explain(error: pydantic.ValidationError, where: str, model: type[BaseModel]) -> str:
     """One line for each faulty key: which, what was found, what is allowed, what to do."""
-    lines = (f"{where}: {_fault(problem)}" for problem in error.errors())
+    root = model.model_json_schema()
+    lines = (f"{where}: {_fault(problem, root)}" for problem in error.errors())
     return "\n".join(dict.fromkeys(lines))  # each member of a union is a problem of its own, and the line the same
 
 
-def _fault(problem: Any) -> str:
-    keys, schema = _schema_at(problem["loc"])
+def _fault(problem: Any, root: dict[str, Any]) -> str:
+    keys, schema = _schema_at(problem["loc"], root)
     key, found = ".".join(map(str, keys)), problem["input"]
     match problem["type"], problem["loc"][-1:]:
         case "extra_forbidden", (unknown,):
@@ -509,9 +520,9 @@ def _fault(problem: Any) -> str:
     return f"{key} is {_shown(found)}, must be {_allowed(schema)}{_percent_hint(found, schema)}"
 
 
-def _schema_at(loc: Sequence[str | int]) -> tuple[list[str | int], dict[str, Any]]:
+def _schema_at(loc: Sequence[str | int], root: dict[str, Any]) -> tuple[list[str | int], dict[str, Any]]:
     """The keys in a pydantic location, without the names of union members behind them, and the JSON schema there."""
-    root = schema = Recipe.model_json_schema()
+    schema = root
     keys: list[str | int] = []
     for part in loc:
         if isinstance(part, int):

@@ -34,6 +34,7 @@ from datalloy.calibration import (
     judge,
     plan_runs,
     recommend,
+    weight_intervals,
 )
 from datalloy.checkpoints import merge_checkpoints
 from datalloy.encoding import EncodedSamples
@@ -62,7 +63,6 @@ OWN_FRACTION = 0.1  # of a part that may be kept from its expert
 FIRST_RUNS = 2  # before the first calibration: the search's pick and uniform shares
 SAME_PICK = 0.05  # share of samples in which two picks must differ for the second to be trained too
 FEASIBLE = 1e-7  # rounding of solvers, in weights
-POOL, DRAWS = 256, 400  # mixtures and draws of the surface from which the intervals of weights are read
 FAR_APART = 0.3  # share of samples in which two recommendations differ enough for a warning
 STABILITY_CALLS, STABILITY_TOLERANCE, STABILITY_POINTS = 4, 0.05, 64
 
@@ -381,11 +381,19 @@ class Mixing:
             seed=self.settings.seed,
             chosen_among=len(eligible_NK) if self.settings.verify_runs else 1,
         )
+        interval_K2 = weight_intervals(
+            calibration,
+            self.simplex,
+            self.objective,
+            pick_K,
+            confidence=self.settings.confidence,
+            seed=self.settings.seed,
+        )
         trusted_K = self.simplex.uniform if verdict.verdict == "use uniform" else pick_K
         runs = int((weight_NK.max(axis=1) < 1).sum())
         advice = Mixture.judged(
             self._named(trusted_K),
-            self._intervals(calibration, pick_K),
+            dict(zip(self.names, (Interval(*pair) for pair in interval_K2.tolist()), strict=True)),
             verdict,
             searched=self._named(pick_K),
             objective=self.settings.objective,
@@ -446,16 +454,6 @@ class Mixing:
         value_NG = calibration.predict(weight_NK)[0]
         rank = list(zip(self.objective.allowed(value_NG), self.objective.score(value_NG), strict=True))
         return weight_NK[max(range(len(rank)), key=rank.__getitem__)]
-
-    def _intervals(self, calibration: Calibration, pick_K: np.ndarray) -> dict[str, Interval]:
-        """For each weight, where the best mixture lies in most draws of the calibrated surface; the pick is inside."""
-        pool_NK = np.vstack([pick_K, self.simplex.sample(POOL, self.settings.seed)])
-        drawn_RNG = calibration.draw(pool_NK, DRAWS, self.settings.seed)
-        best_R = self.objective.score(drawn_RNG).argmax(axis=1)
-        tail = (1 - self.settings.confidence) / 2
-        low_K, high_K = np.quantile(pool_NK[best_R], (tail, 1 - tail), axis=0)
-        ends = zip(np.minimum(low_K, pick_K).tolist(), np.maximum(high_K, pick_K).tolist(), strict=True)
-        return dict(zip(self.names, (Interval(*pair) for pair in ends), strict=True))
 
     # --- real runs ---------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class Posterior:
         self._told_GN = ((value_NG - self._level_G) / self._spread_G).T
         self._noise_GN = (noise_NG / self._spread_G**2).T + JITTER
         self._agree_GN = self._agreement(loss_NG)
-        self.shape = self._best_shape()
+        self.evidence, self.shape = self._best_shape()
         self._factor_GNN = np.linalg.cholesky(self._covariance(self.shape))
         self._pull_GN = self._solve((self._told_GN - self.shape.trust * self._agree_GN)[..., None])[..., 0]
 
@@ -117,9 +117,9 @@ class Posterior:
         noise_GNN = self._noise_GN[:, None] * np.eye(len(self._weight_NK))
         return self._kernels(shape, self._weight_NK, self._agree_GN) + noise_GNN
 
-    def _best_shape(self) -> Shape:
+    def _best_shape(self) -> tuple[float, Shape]:
         tries = itertools.product(LINKS, HEIGHTS, LENGTHS)
-        return max((found for attempt in tries for found in self._weigh(*attempt)), key=lambda found: found[0])[1]
+        return max((found for attempt in tries for found in self._weigh(*attempt)), key=lambda found: found[0])
 
     def _weigh(self, link: float, height: float, length: float) -> list[tuple[float, Shape]]:
         """For each trust the log marginal likelihood of all targets and the log prior, up to a constant."""

@@ -146,6 +146,20 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(inner, f"{key}.{name}" if key else name)
 
 
+def take_lock(folder: Path) -> int:
+    """The descriptor of a folder's lock; closing it, or ending the process, gives it back. Raises RunInUseError."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise RunInUseError(f"{folder} is in use by {holder}; wait for it or stop it") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
 class Run:
     """An open run folder. Use it as a context manager: the folder is locked while it is open.
 
@@ -163,7 +177,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._make_folder()
-        self._lock = self._take_lock()
+        self._lock = take_lock(self.folder)
         try:
             self._check_provenance()
             for left_by_a_kill in self.folder.rglob(".*.tmp"):
@@ -185,18 +199,6 @@ class Run:
         is_ours = self.path(LOCK).exists() or self.path(PROVENANCE).exists()
         if not is_ours and any(self.folder.iterdir()):
             raise RunError(f"{self.folder} is not empty and not a run of Datalloy; name another folder with --run")
-
-    def _take_lock(self) -> int:
-        lock = os.open(self.path(LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-            os.close(lock)
-            raise RunInUseError(f"{self.folder} is in use by {holder}; wait for it or stop it") from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return lock
 
     def _check_provenance(self) -> None:
         path = self.path(PROVENANCE)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ def summarise(verb: str, folder: Path) -> Iterator[str]:
         "select": _select,
         "mix": _mix,
         "verify": _verify,
+        "tell": _tell,
         "train": _train,
         "evaluate": _evaluate,
         "export": _export,
@@ -90,19 +92,9 @@ def _mix(folder: Path) -> Iterator[str]:
 
 def _verify(folder: Path) -> Iterator[str]:
     mixture = json.loads((folder / "mixture" / "mixture.json").read_text())
-    yield f"{'domain':<24}{'searched':>10}{'interval':>16}{'to train on':>13}"
-    for name, share in mixture["searched"].items():
-        low, high = mixture["interval"][name]
-        yield f"{name:<24}{share:>10.1%}{f'{low:.0%} to {high:.0%}':>16}{mixture['weights'][name]:>13.1%}"
-    for other in ("uniform", "size_proportional"):
-        gain = mixture[f"expected_gain_vs_{other}"]
-        low, high = gain["interval"]
-        told = f"{gain['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({gain['source']})"
-        yield f"gain over {other.replace('_', ' ')} shares: {told}"
-    agreement, spent = mixture["agreement"]["spearman"], mixture["spent"]
-    value = correlation_in_words(agreement["value"])
-    low, high = agreement["interval"]
-    yield f"merged against trained: Spearman {value} [{low:.2f}, {high:.2f}] over {agreement['mixtures']} mixtures"
+    yield from _shares_and_gains(mixture)
+    spent = mixture["spent"]
+    yield f"merged against trained: {_agreement(mixture)}"
     yield (
         f"spent: {spent['runs']} real runs, {spent['evaluations']} evaluations and {spent['slope_calls']} slopes of "
         "merged models"
@@ -113,6 +105,37 @@ def _verify(folder: Path) -> Iterator[str]:
             f"{folder / 'experts' / name}={share:.6g}" for name, share in mixture["searched"].items() if share
         )
         yield f"the merge is in {folder / 'mixture' / 'merge'}; also: datalloy merge {experts} --out DIR"
+
+
+def _tell(folder: Path) -> Iterator[str]:
+    mixture = json.loads((folder / "mixture" / "mixture.json").read_text())
+    yield from _shares_and_gains(mixture)
+    spent = mixture["spent"]
+    if spent["evaluations"]:
+        yield f"merged against trained: {_agreement(mixture)}"
+    else:
+        yield f"each trained mixture as the others predict it: {_agreement(mixture)}"
+    yield f"told: {spent['runs']} trained and {spent['evaluations']} merged mixtures"
+    yield f"verdict: {mixture['verdict']}. {mixture['reason']}"
+
+
+def _shares_and_gains(mixture: dict[str, Any]) -> Iterator[str]:
+    yield f"{'domain':<24}{'searched':>10}{'interval':>16}{'to train on':>13}"
+    for name, share in mixture["searched"].items():
+        low, high = mixture["interval"][name]
+        yield f"{name:<24}{share:>10.1%}{f'{low:.0%} to {high:.0%}':>16}{mixture['weights'][name]:>13.1%}"
+    for other in ("uniform", "size_proportional"):
+        gain = mixture[f"expected_gain_vs_{other}"]
+        low, high = gain["interval"]
+        told = f"{gain['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({gain['source']})"
+        yield f"gain over {other.replace('_', ' ')} shares: {told}"
+
+
+def _agreement(mixture: dict[str, Any]) -> str:
+    agreement = mixture["agreement"]["spearman"]
+    low, high = agreement["interval"]
+    value = correlation_in_words(agreement["value"])
+    return f"Spearman {value} [{low:.2f}, {high:.2f}] over {agreement['mixtures']} mixtures"
 
 
 def _train(folder: Path) -> Iterator[str]:
