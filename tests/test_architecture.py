@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
-    {"display", "diversity", "errors", "regular_files", "template", "tiny.world"},
+    {"confined", "display", "diversity", "errors", "regular_files", "template", "tiny.world"},
     {"locations"},
     {"metrics", "objective", "progress", "sample", "simplex", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},

@@ -14,10 +14,13 @@ import PIL.Image
 import pytest
 import transformers
 
+from datalloy import confined
+from datalloy import vlm as vlm_module
 from datalloy.config import DataSource
 from datalloy.errors import ModelError
 from datalloy.readers import read_all
-from datalloy.vlm import VLM
+from datalloy.sample import Origin, Sample, Turn
+from datalloy.vlm import VLM, EncodeError
 from drawn import build_vlm, draw_samples
 
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
@@ -173,6 +176,64 @@ def test_code_beside_a_checkpoint_is_never_run(checkpoint, tmp_path, monkeypatch
     else:
         assert model_type != "evil"
     assert not mark.exists()
+
+
+QUESTION_AND_ANSWER = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}: {% for part in message.content %}{{ part.text }}{% endfor %}<end_of_utterance>
+{% endfor -%}"""
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def with_template(checkpoint: Path, folder: Path, template: str) -> VLM:
+    copy = Path(shutil.copytree(checkpoint, folder / "copy"))
+    (copy / "chat_template.jinja").write_text(template)
+    return VLM.load(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ENDLESS, "more than 1 s or died"),
+        ("{{ 'a' * 10**10 }}", "asked for more than|does not take"),
+        (
+            "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            "asked for more",
+        ),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not take a question|no end-of-turn token"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ cycler.__init__.__globals__.os.system('touch hacked') }}", "does not take|no end-of-turn token"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('no') }}", "TemplateError: no"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError|more than 1 s or died|asked for more"),
+    ],
+)
+def test_a_hostile_chat_template_is_stopped_and_named(checkpoint, tmp_path, monkeypatch, template, message):
+    monkeypatch.setattr(confined, "CPU_SECONDS", 1)
+    with pytest.raises(ModelError, match=message):
+        with_template(checkpoint, tmp_path, template)
+    assert not Path("hacked").exists()
+
+
+def test_a_template_that_stops_at_some_records_costs_those_records_and_in_the_end_the_run(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(confined, "CPU_SECONDS", 1)
+    trigger = "{% if 'now' in messages[0].content[0].text %}" + ENDLESS + "{% endif %}"
+    vlm = with_template(checkpoint, tmp_path, trigger + QUESTION_AND_ANSWER)
+
+    def sample(question: str) -> Sample:
+        turns = (Turn("user", (question,)), Turn("assistant", ("4",)))
+        return Sample("s", "d", turns, Origin(Path("pool.jsonl"), 0, 1), "")
+
+    for number in range(vlm_module.MOST_STOPS):
+        with pytest.raises(EncodeError) as refused:
+            vlm.encode(sample(f"now {number}"))
+        assert refused.value.reason == "template_limit"
+        assert vlm.encode(sample("later")).supervised_tokens > 1
+    with pytest.raises(ModelError, match=r"had to be stopped again and again, at last at pool\.jsonl:1"):
+        vlm.encode(sample("now"))
 
 
 # What no module does

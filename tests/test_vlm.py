@@ -1,5 +1,6 @@
 """Every fact is checked on a tiny checkpoint of each family, loaded from disk as a downloaded one would be."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 import tiny_families
+from datalloy import vlm
 from datalloy.errors import ModelError
 from datalloy.sample import FileImage, Origin, Sample, Turn
 from datalloy.tiny.model import build_model, build_processor
@@ -716,3 +718,28 @@ def test_an_adapter_in_pickle_format_is_refused(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
         VLM.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (2, 3)])
+def test_a_picture_of_any_shape_is_encoded_or_refused(checkpoint, picture, size):
+    sample = conversation(("user", picture(*size), "What is this?"), ("assistant", "a line"))
+    with contextlib.suppress(EncodeError):  # the record is refused, and nothing else is
+        encoded = checkpoint.vlm.encode(sample)
+        assert math.isfinite(checkpoint.vlm.losses(checkpoint.vlm.collate([encoded])).item())
+
+
+def test_the_pixels_of_one_sample_are_limited_and_text_beyond_all_tokens_is_not_tokenised(
+    embedded, picture, monkeypatch
+):
+    monkeypatch.setattr(vlm, "MAX_SAMPLE_PIXELS", 2 * 32 * 32)
+    two = conversation(("user", picture(32, 32), picture(32, 32), "alike?"), ("assistant", "yes"))
+    three = conversation(("user", *[picture(32, 32)] * 3, "alike?"), ("assistant", "yes"))
+    embedded.encode(two)
+    with pytest.raises(EncodeError, match="3,072 pixels in its images, at most 2,048") as refused:
+        embedded.encode(three)
+    assert refused.value.reason == "image_refused"
+    long = conversation(("user", "x" * 64_001), ("assistant", "yes"))
+    monkeypatch.setattr(type(embedded.processor), "__call__", lambda *_, **__: pytest.fail("it was tokenised"))
+    with pytest.raises(EncodeError, match="characters, and at most 1000 tokens are allowed") as refused:
+        embedded.encode(long, max_tokens=1000)
+    assert refused.value.reason == "too_long"

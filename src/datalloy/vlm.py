@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
-import jinja2
 import peft
+import PIL.Image
 import safetensors
 import tokenizers
 import torch
@@ -40,8 +40,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import logging as transformers_logging
 
+from datalloy.confined import Confined, ConfinedError, LimitError
+from datalloy.display import printable, shown
 from datalloy.errors import DataError, ModelError
-from datalloy.sample import ImageRef, Sample, Turn, open_image
+from datalloy.sample import MAX_IMAGE_PIXELS, ImageRef, Sample, Turn, open_image
 from datalloy.tiny.model import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -114,12 +116,19 @@ LORA_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 # Stands for an answer while a template is examined. A sample that contains it is refused as a mismatch.
 MARKER = "datalloy-answer-5b0c61f2a94e"
 
+MAX_SAMPLE_PIXELS = 4 * MAX_IMAGE_PIXELS  # of all images of one sample, decoded at once: three bytes each
+MOST_CHARACTERS = 64  # a token, on average over a sample: what has more of them is not worth tokenising to refuse
+
+MOST_STOPS = 3  # conversations on which a template may be stopped before the run is
+MOST_TEMPLATES = 4  # processes kept, one for each template in use
+_TEMPLATES: dict[tuple[str, str, str], Confined] = {}
+
 
 class EncodeError(DataError):
     """A sample cannot be turned into model inputs; `reason` is one word for the run folder's files.
 
     no_supervision, too_long, image_unreadable, image_refused, image_in_answer, image_token_in_text,
-    control_token_in_text, template_mismatch.
+    control_token_in_text, template_mismatch, template_limit.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -228,8 +237,12 @@ class VLM:
 
     def encode(self, sample: Sample, *, max_tokens: int | None = None) -> Encoded:
         """The sample as inputs and labels, every assistant turn supervised. Raises EncodeError with a reason word."""
-        text = self._render(sample, sample.turns)
-        answers = self._answer_spans(sample, text)
+        characters = sum(len(turn.text) for turn in sample.turns)
+        if max_tokens is not None and characters > max_tokens * MOST_CHARACTERS:
+            raise _refuse(sample, "too_long", f"{characters:,} characters, and at most {max_tokens} tokens are allowed")
+        marked = [Turn(turn.role, (MARKER,)) if turn.role == "assistant" else turn for turn in sample.turns]
+        text, outline = self._render(sample, sample.turns, marked)
+        answers = self._answer_spans(sample, text, outline)
         inputs, tokens = self._process(sample, text, sample.images)
         input_ids = inputs["input_ids"]
         if max_tokens is not None and input_ids.shape[1] > max_tokens:
@@ -470,13 +483,21 @@ class VLM:
         buffers = {id(buffer): buffer for buffer in self.model.buffers()}
         return dataclasses.replace(self, model=copy.deepcopy(self.model, shared | buffers).eval())
 
-    def _render(self, sample: Sample, turns: Sequence[Turn], *, prompt: bool = False) -> str:
-        for turn in turns:
+    def _render(self, sample: Sample, *conversations: Sequence[Turn], prompt: bool = False) -> list[str]:
+        for turn in conversations[0]:
             self._check_turn(sample, turn)
         try:
-            return _render(self.processor, turns, prompt=prompt)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise _refuse(sample, "template_mismatch", f"turns the chat template does not take: {error}") from error
+            return _render(self.processor, *conversations, prompt=prompt)
+        except LimitError as error:
+            if _confined_template(self.processor).stopped > MOST_STOPS:
+                raise ModelError(
+                    f"{self.name}: its chat template had to be stopped again and again, at last at {sample.origin}: "
+                    f"{error}; use another checkpoint, or mend the template"
+                ) from error
+            raise _refuse(sample, "template_limit", f"turns on which the chat template was stopped: {error}") from error
+        except ConfinedError as error:
+            found = f"turns the chat template does not take: {printable(str(error))}"
+            raise _refuse(sample, "template_mismatch", found) from error
 
     def _check_turn(self, sample: Sample, turn: Turn) -> None:
         """Refuse text that would be read as control tokens: it would shift images or close the turn."""
@@ -490,13 +511,15 @@ class VLM:
                 found = f"the control token {self.chat.control_tokens[token_id]!r} in its {turn.role} text"
                 raise _refuse(sample, "control_token_in_text", found)
 
-    def _answer_spans(self, sample: Sample, text: str) -> list[Span]:
-        """Where the model's own words stand in the rendered text: each answer, its lead and its end-of-turn token."""
+    def _answer_spans(self, sample: Sample, text: str, outline: str) -> list[Span]:
+        """Where the model's own words stand in the rendered text: each answer, its lead and its end-of-turn token.
+
+        `outline` is the text with a marker in the place of each answer.
+        """
         answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
         if not answers or not all(map(_is_visible, answers)):
             raise _refuse(sample, "no_supervision", "no assistant turn, or one without a visible character")
-        marked = [Turn(turn.role, (MARKER,)) if turn.role == "assistant" else turn for turn in sample.turns]
-        before, *after = _render(self.processor, marked).split(MARKER)
+        before, *after = outline.split(MARKER)
         mismatch = _refuse(sample, "template_mismatch", "an answer that the chat template leaves out or rewrites")
         if len(after) != len(answers) or not text.startswith(before):
             raise mismatch
@@ -515,12 +538,17 @@ class VLM:
 
     def _process(self, sample: Sample, text: str, images: Sequence[ImageRef]) -> tuple[dict[str, Tensor], list[Span]]:
         """The processor's tensors for one conversation, and which characters of `text` each token stands for."""
-        pictures = []
+        pictures: list[PIL.Image.Image] = []
         for image in images:
             try:
                 pictures.append(open_image(image))
             except (OSError, ValueError) as error:
-                raise _refuse(sample, "image_unreadable", f"the unreadable image {image}: {error}") from error
+                raise _refuse(
+                    sample, "image_unreadable", f"the unreadable image {shown(str(image))}: {error}"
+                ) from error
+            if (pixels := sum(picture.width * picture.height for picture in pictures)) > MAX_SAMPLE_PIXELS:
+                found = f"{pixels:,} pixels in its images, at most {MAX_SAMPLE_PIXELS:,} are decoded for one sample"
+                raise _refuse(sample, "image_refused", found)
         starts_with_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         try:
             with self._processing:
@@ -542,7 +570,8 @@ class VLM:
 
     def _encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
         images = [image for turn in sample.prompt for image in turn.images]
-        return self._process(sample, self._render(sample, sample.prompt, prompt=True), images)[0]
+        (text,) = self._render(sample, sample.prompt, prompt=True)
+        return self._process(sample, text, images)[0]
 
     def _pad(self, items: Sequence[dict[str, Tensor]], *, side: Literal["left", "right"]) -> dict[str, Tensor]:
         """One batch: tensors over tokens padded, those over images joined, in the order of the items.
@@ -679,10 +708,11 @@ def find_chat_format(processor: Any, name: str) -> ChatFormat:
     """How the template closes an answer, and what it leaves for the model to write before one. Raises ModelError."""
     question = Turn("user", ("question",))
     try:
-        prompt = _render(processor, [question], prompt=True)
-        before, _, after = _render(processor, [question, Turn("assistant", (MARKER,))]).partition(MARKER)
-    except (jinja2.TemplateError, TypeError) as error:
+        (prompt,) = _render(processor, [question], prompt=True)
+        (answered,) = _render(processor, [question, Turn("assistant", (MARKER,))])
+    except ConfinedError as error:
         raise ModelError(f"{name}: the chat template does not take a question and an answer: {error}") from error
+    before, _, after = answered.partition(MARKER)
     added = processor.tokenizer.added_tokens_decoder
     control_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
     first = next(iter(processor.tokenizer(after, add_special_tokens=False)["input_ids"]), None)
@@ -817,14 +847,37 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _render(processor: Any, turns: Sequence[Turn], *, prompt: bool = False) -> str:
-    """The conversation in the template's words. The text of an answer is one block, whatever parts it has."""
+def _render(processor: Any, *conversations: Sequence[Turn], prompt: bool = False) -> list[str]:
+    """The conversations in the template's words. The text of an answer is one block, whatever parts it has.
+
+    A template is code of whoever made the checkpoint, so it runs confined. Raises ConfinedError.
+    """
+    return _confined_template(processor)([[_messages(turns) for turns in conversations], prompt])
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     messages = []
     for turn in turns:
         parts = (turn.text,) if turn.role == "assistant" else turn.parts
         blocks = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
         messages.append({"role": turn.role, "content": blocks})
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return messages
+
+
+def _confined_template(processor: Any) -> Confined:
+    """The process that renders for this processor and for all that have the same template and special tokens."""
+    key = (type(processor).__name__, str(processor.chat_template), str(processor.tokenizer.special_tokens_map))
+    if key not in _TEMPLATES:
+
+        def render(request: Any) -> list[str]:
+            conversations, prompt = request
+            settings = {"tokenize": False, "add_generation_prompt": prompt}
+            return [processor.apply_chat_template(messages, **settings) for messages in conversations]
+
+        while len(_TEMPLATES) >= MOST_TEMPLATES:
+            del _TEMPLATES[next(iter(_TEMPLATES))]
+        _TEMPLATES[key] = Confined(render)
+    return _TEMPLATES[key]
 
 
 def _is_visible(text: str) -> bool:
@@ -832,7 +885,7 @@ def _is_visible(text: str) -> bool:
 
 
 def _refuse(sample: Sample, reason: str, found: str) -> EncodeError:
-    return EncodeError(reason, f"{sample.origin}: sample {sample.id!r} has {found}")
+    return EncodeError(reason, f"{sample.origin}: sample {shown(sample.id)} has {found}")
 
 
 def _original_span(offset: tuple[int, int], expansions: list[dict[str, Any]]) -> Span:
