@@ -16,10 +16,11 @@ from datalloy.sample import MAX_IMAGE_PIXELS, has_further_frames, open_image
 from drawn import MemoryImage
 
 BOM = b"\xef\xbb\xbf"
+JSON_LAYOUTS = ("messages", "sharegpt", "llava", "alpaca", "prompt_completion")
 SETTINGS = [(name, "auto") for name in ("x.jsonl", "x.json", "x.parquet")]
-SETTINGS += [(name, layout) for layout in ("messages", "sharegpt", "llava") for name in ("x.jsonl", "x.json")]
-SETTINGS += [("x.parquet", "parquet")]
-assert {layout for _, layout in SETTINGS} - {"auto"} <= FORMATS.keys()
+SETTINGS += [(name, layout) for layout in JSON_LAYOUTS for name in ("x.jsonl", "x.json")]
+SETTINGS += [("x.parquet", "parquet"), ("x.arrow", "hf"), ("x.tar", "webdataset")]
+assert {layout for _, layout in SETTINGS} - {"auto"} <= set(FORMATS)
 
 
 @cache
