@@ -13,8 +13,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
     {"confined", "display", "diversity", "errors", "regular_files", "template", "tiny.world"},
-    {"locations"},
-    {"metrics", "objective", "progress", "sample", "simplex", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
+    {"durable", "locations", "objective", "progress", "simplex"},
+    {"accounts", "attempts", "metrics", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
     {"checkpoints", "posterior", "scores", "vlm"},

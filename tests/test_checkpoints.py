@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 import tiny_families
-from datalloy import checkpoints
+from datalloy import checkpoints, durable
 from datalloy.checkpoints import merge_checkpoints
 from datalloy.errors import EnvironmentFault, ModelError, RecipeError, RunInUseError
 from datalloy.tiny.model import WEIGHTS
@@ -504,7 +504,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, pai
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=399))
     monkeypatch.setattr(checkpoints, "_write_tensors", None)
-    with pytest.raises(EnvironmentFault, match="out needs 400 bytes, 399 are free"):
+    with pytest.raises(EnvironmentFault, match=r"out needs 400 bytes at .*, 399 are free"):
         merge_checkpoints(halves(pair), tmp_path / "out")
     assert file_names(tmp_path) == ["a", "b"]
 
@@ -518,7 +518,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, pair):
 def test_a_kill_leaves_no_result_and_the_next_attempt_clears_up(tmp_path, pair, monkeypatch):
     killed = os.fork()
     if not killed:  # pragma: no cover - the child, killed when all is written and nothing renamed
-        monkeypatch.setattr(checkpoints, "_sync", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(checkpoints, "sync_tree", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
         try:
             merge_checkpoints(halves(pair), tmp_path / "out")
         finally:
@@ -536,7 +536,7 @@ def test_every_file_is_synced_whole_before_the_result_has_its_name(tmp_path, pai
     """Files are synced as they grow, too, which must not take the place of the last time."""
     (pair[0] / "tokenizer_config.json").write_text("{}")
     synced, renamed = {}, []
-    fsync = checkpoints._sync_file
+    fsync = durable.sync_file
 
     def watch(path):
         renamed.append((tmp_path / "out").exists())
@@ -544,7 +544,8 @@ def test_every_file_is_synced_whole_before_the_result_has_its_name(tmp_path, pai
         fsync(path)
 
     monkeypatch.setattr(checkpoints, "SPAN", 64)
-    monkeypatch.setattr(checkpoints, "_sync_file", watch)
+    monkeypatch.setattr(checkpoints, "sync_file", watch)
+    monkeypatch.setattr(durable, "sync_file", watch)
     merge_checkpoints(halves(pair), tmp_path / "out")
     assert synced == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(renamed) > len(synced)

@@ -286,17 +286,29 @@ def test_a_signal_ends_the_run_with_its_exit_code_and_how_to_go_on(number, code,
     assert (process.returncode, out) == (code, "")
     assert err.splitlines() == [
         "run folder: out",
-        f"datalloy: stopped by {number.name}; run the same command again to go on",
+        f"datalloy: stopped by {number.name}; resume with: datalloy check {recipe} --run out",
     ]
 
 
-def test_a_second_signal_ends_the_run_at_once(recipe):
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_run_at_once(second, recipe):
     process = _start(recipe, "--set", "score.seed=1")
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "cleaning\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(second)
     process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == -second
+
+
+def test_a_stage_that_does_not_listen_is_ended_after_the_grace_time(recipe):
+    """As inside one long call of a library, or where the exception is swallowed."""
+    deaf = SLOW.replace("cli.main()", "cli.GRACE_SECONDS = 0.5; cli.main()")
+    arguments = [sys.executable, "-c", deaf, "check", recipe, "--run", "out", "--set", "score.seed=1"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert (out, process.returncode) == ("cleaning\n", 130)
 
 
 def test_help_imports_nothing_heavy():

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 
 from datalloy import run as run_module
 from datalloy.config import Recipe, load_recipe
-from datalloy.errors import DataError, RunError, RunInUseError
+from datalloy.durable import complete_file, complete_files, require_space
+from datalloy.errors import DataError, EnvironmentFault, RunError, RunInUseError
 from datalloy.readers import read_all
 from datalloy.run import Run, differences, write_atomically, write_json
 
@@ -84,6 +87,39 @@ def test_json_without_a_meaning_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fault_of_the_disk_names_the_file_and_the_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", _fail(errno.ENOSPC))
+    with pytest.raises(EnvironmentFault, match=r"/table could not be written: .*injected. 3 bytes .* [\d,]+ are free"):
+        write_atomically(tmp_path / "table", b"new")
+
+
+def test_a_fault_while_reading_another_file_is_not_called_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), complete_file(tmp_path / "out" / "copy") as file:
+        file.write(Path("/nowhere/source").read_bytes())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_files_saved_together_get_their_names_together(tmp_path):
+    (tmp_path / "kept").touch()
+    with pytest.raises(FileNotFoundError), complete_files(tmp_path) as staging:
+        (staging / "config").write_bytes(Path("/nowhere/config").read_bytes())
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with complete_files(tmp_path) as staging:
+        (staging / "config").touch()
+        (staging / "deeper").mkdir()
+        (staging / "deeper" / "weights").write_text("1")
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert names == {"kept", "config", "deeper", "deeper/weights"}
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=9_999))
+    require_space(tmp_path / "not" / "there" / "yet", 9_999, "the run")
+    with pytest.raises(EnvironmentFault, match=r"the run needs 10,000 bytes at .*, 9,999 are free there; free some"):
+        require_space(tmp_path, 10_000, "the run")
+
+
 def _fail(number: int):
     def fail(*_: object) -> None:
         raise OSError(number, "injected")
@@ -111,7 +147,6 @@ def _fail(number: int):
         "evaluation.held.path=chart.jsonl",
         "base=tiny",
         "proxy=tiny",
-        "max_rejected_fraction=0.5",
     ],
 )
 def test_the_fingerprint_changes_with_every_key_that_can_change_a_result(override, run, folder):
@@ -132,6 +167,7 @@ def test_the_fingerprint_changes_with_the_version_of_a_library(run, recipe, monk
 @pytest.mark.parametrize(
     "override",
     [
+        "max_rejected_fraction=0.5",
         "score.batch_size=3",
         "evaluate.batch_size=3",
         "train.micro_batch_size=3",
@@ -234,12 +270,54 @@ def test_a_damaged_provenance_is_refused(content, run):
         pass
 
 
-def test_a_folder_of_another_schema_version_is_refused(run, recipe):
+@pytest.mark.parametrize("old", ["", "name: other\n"])
+def test_a_damaged_config_of_the_folder_is_written_again(old, run, recipe, caplog):
     with run:
-        provenance = json.loads(run.path("provenance.json").read_text())
-    write_json(run.path("provenance.json"), {**provenance, "schema_version": 99})
-    with pytest.raises(RunError, match="written in schema 99, this version reads 1"), Run(recipe, run.folder):
-        pass
+        whole = run.path("config.yaml").read_bytes()
+    run.path("config.yaml").write_text(old)
+    with Run(recipe, run.folder):
+        assert run.path("config.yaml").read_bytes() == whole
+    assert "config.yaml is damaged or missing" in caplog.text
+
+
+def test_a_flipped_bit_anywhere_in_the_provenance_is_noticed(run, recipe):
+    """Or the run would be refused for a recipe that is its own, or shown as what it is not."""
+    with run:
+        run.commit("unit", [])
+    data = run.path("provenance.json").read_bytes()
+    for position in range(0, len(data), 61):
+        run.path("provenance.json").write_bytes(
+            data[:position] + bytes([data[position] ^ 1 << position % 7]) + data[position + 1 :]
+        )
+        try:
+            with Run(recipe, run.folder):
+                assert json.loads(run.path("provenance.json").read_bytes()) == json.loads(data)  # white space alone
+        except RunError as error:
+            assert re.search("is damaged|written in schema", str(error)), position  # noqa: PT017 - both ends are right
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_folder_of_another_schema_version_is_refused_and_left_as_it_is(version, recipe, tmp_path):
+    """Version 1 is a folder that Datalloy 0.1.0 wrote."""
+    folder = tmp_path / "old"
+    shutil.copytree(Path(__file__).parent / "golden" / "run-schema-1", folder)
+    if version != 1:
+        provenance = json.loads((folder / "provenance.json").read_text())
+        write_json(folder / "provenance.json", {**provenance, "schema_version": version})
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=rf"old was written in schema {version}, this version reads 2"):
+        Run(recipe, folder).__enter__()
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "run.lock"} == before
+
+
+@pytest.mark.parametrize("file", ["chart.jsonl", "goal.jsonl", "model/config.json"])
+def test_an_input_that_changes_while_the_run_is_open_is_named_at_the_end(file, run, folder):
+    with run:
+        run.verify_inputs()
+        (folder / file).write_text("changed while it ran")
+        key = {"chart.jsonl": "domains.chart", "goal.jsonl": "targets.goal", "model/config.json": "base"}[file]
+        with pytest.raises(RunError, match=rf"changed while it was running:\n  inputs\.{key}: \w+ before, \w+ now"):
+            run.verify_inputs()
 
 
 def test_a_start_that_was_killed_is_taken_up(run):
@@ -255,9 +333,12 @@ def test_what_killed_writers_left_is_removed_at_any_depth(run, recipe):
     with run:
         run.path("export").mkdir()
         run.path("export/.chart.jsonl.xyz.tmp").touch()
+        for staging in ("model/.saving.tmp", "mixture/.merge.partial"):
+            write_atomically(run.path(f"{staging}/weights/.half.tmp"), b"half")
         run.path("export/notes.tmp").touch()
     with Run(recipe, run.folder):
         assert [path.name for path in run.path("export").iterdir()] == ["notes.tmp"]
+        assert not [*run.path("model").iterdir(), *run.path("mixture").iterdir()]
 
 
 # --- the lock --------------------------------------------------------------------------------------------------------

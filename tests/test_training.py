@@ -353,11 +353,19 @@ def test_micro_batch_may_change_before_resuming(untrained, encoded, tmp_path, mo
     assert train(untrained.copy(), encoded, changed(FULL, micro_batch_size=4), folder, steps=4).steps == 4
 
 
-def test_damaged_checkpoint_is_refused(untrained, encoded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", ["torn", "emptied", "bit"])
+def test_a_damaged_checkpoint_is_set_aside_and_training_begins_again(
+    damage, untrained, encoded, tmp_path, monkeypatch, caplog
+):
     path = killed_folder(untrained, encoded, tmp_path, monkeypatch) / "checkpoints" / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RunError, match=r"state.safetensors is damaged .*delete it"):
-        train(untrained.copy(), encoded, FULL, tmp_path, steps=4)
+    data = path.read_bytes()
+    flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]  # in a weight, which safetensors does not see
+    path.write_bytes({"torn": data[:1000], "emptied": b"", "bit": flipped}[damage])
+    resumed, undisturbed = untrained.copy(), untrained.copy()
+    train(resumed, encoded, FULL, tmp_path, steps=4)
+    train(undisturbed, encoded, FULL, None, steps=4)
+    assert "state.safetensors is damaged and set aside" in caplog.text
+    assert not differing(weights(resumed), weights(undisturbed))
 
 
 def test_short_runs_keep_no_checkpoint(vlm, encoded, tmp_path, monkeypatch):

@@ -38,9 +38,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from datalloy.durable import require_space, sync_file, sync_folder, sync_tree, write_json
 from datalloy.errors import DatalloyError, EnvironmentFault, ModelError, RecipeError, RunInUseError
 from datalloy.progress import track
-from datalloy.run import sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -681,7 +681,7 @@ def _write_tensors(layout: _Checkpoint, source: _Source, folder: Path) -> None:
 
     with _single_threaded_torch(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         for file in track(pool.map(write_span, spans), "merging", len(spans)):
-            _sync_file(file)  # the disk is kept busy while the next spans are computed
+            sync_file(file)  # the disk is kept busy while the next spans are computed
     if (layout.folder / INDEX).exists() and not (layout.folder / WEIGHTS).exists():
         shutil.copyfile(layout.folder / INDEX, folder / INDEX)
 
@@ -763,13 +763,9 @@ def _complete_or_absent(out: Path, size: int) -> Iterator[Path]:
         raise RunInUseError(f"{out} is being written by another process; wait for it or name another folder") from None
     try:
         _empty(folder)
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise EnvironmentFault(
-                f"{out} needs {size:,} bytes, {free:,} are free there; free some or name another disk"
-            )
+        require_space(folder, size, str(out))
         yield folder
-        _sync(folder)
+        sync_tree(folder)
         folder.replace(place)
         sync_folder(place.parent)
     except BaseException as error:
@@ -784,16 +780,3 @@ def _complete_or_absent(out: Path, size: int) -> Iterator[Path]:
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

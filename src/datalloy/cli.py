@@ -7,8 +7,11 @@ heavy is imported before a command needs it, so that `--help` answers at once.
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +51,8 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe, counts and a cost estimate, and stop.")
 ]
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+GRACE_SECONDS = 20.0  # from the first signal to the end, whatever is under way; schedulers kill after 30
 EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_SIGNAL = 2, 4, 128
 ENVIRONMENT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EACCES, errno.ENOTDIR}
 
@@ -315,8 +320,31 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends us at once
+    for stopping in STOPPING:
+        signal.signal(stopping, signal.SIG_DFL)  # a second signal ends us at once
     raise _Stopped(number)
+
+
+def _listen_to_signals() -> None:
+    """The first signal drops the unit under way and ends the process in order, the second at once.
+
+    Python looks at signals between two of its own instructions. Where a library computes on, or swallows `_Stopped` in
+    a place that nothing can be raised from, a thread that the kernel wakes ends the process after `GRACE_SECONDS`:
+    every file is complete or not there at any time, so nothing is lost by it.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_after_grace, args=(reader,), daemon=True).start()
+    for stopping in STOPPING:
+        signal.signal(stopping, _stop)
+
+
+def _end_after_grace(reader: int) -> None:
+    while (number := os.read(reader, 1)[0]) not in STOPPING:
+        pass  # a library listens to a signal of its own
+    time.sleep(GRACE_SECONDS)
+    os._exit(EXIT_SIGNAL + number)
 
 
 def main() -> None:
@@ -329,8 +357,7 @@ def main() -> None:
     logging.getLogger("datalloy").setLevel(logging.INFO)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     progress.show(True)
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    _listen_to_signals()
     code = answer(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -353,14 +380,19 @@ def answer(arguments: Sequence[str]) -> int:
         return _refuse(str(error), error.exit_code)
     except _Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        return _refuse(f"stopped by {name}; run the same command again to go on", EXIT_SIGNAL + stopped.number)
+        return _refuse(f"stopped by {name}; resume with: {_command(arguments)}", EXIT_SIGNAL + stopped.number)
     except MemoryError:
-        return _refuse("out of memory; what is finished is kept, run the same command again to go on", EXIT_ENVIRONMENT)
+        kept = f"what is finished is kept; resume with: {_command(arguments)}"
+        return _refuse(f"out of memory; {kept}", EXIT_ENVIRONMENT)
     except OSError as error:
         if error.errno not in ENVIRONMENT_FAULTS:
             raise
-        mend = "What is finished is kept; mend this and run the same command again"
+        mend = f"What is finished is kept; mend this and resume with: {_command(arguments)}"
         return _refuse(f"the system refused: {error}. {mend}", EXIT_ENVIRONMENT)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["datalloy", *arguments])
 
 
 def _refuse(message: str, code: int) -> int:

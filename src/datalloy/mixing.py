@@ -37,6 +37,7 @@ from datalloy.calibration import (
     weight_intervals,
 )
 from datalloy.checkpoints import merge_checkpoints
+from datalloy.durable import complete_files
 from datalloy.encoding import EncodedSamples
 from datalloy.evaluation import MetricItems, answer_losses, count_tokens, without_writing
 from datalloy.mergeability import Expert, diagnose
@@ -511,7 +512,8 @@ class Mixing:
             source = self.train_on(weight_K)
             facts = self.run.finished(str(source.relative_to(self.run.folder))) or {}
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("after-*"))
+            with complete_files(folder) as staging:
+                shutil.copytree(source, staging, ignore=shutil.ignore_patterns("after-*"), dirs_exist_ok=True)
         else:
             vlm = self.base.copy()
             steps = self.total // self.run.recipe.train.batch_size

@@ -1,16 +1,16 @@
 """One run, one folder: a recipe in, a locked folder out whose finished work is never done twice.
 
 Work is done in units (a shard of scores, one trained model). A unit's files are written to temporary names,
-synced, renamed, and only then is its done-record written, with the SHA-256 of every file: a unit exists exactly
-when its record verifies. Killing a run at any point and starting it again repeats nothing that has a record.
+synced, renamed (`durable`), and only then is its done-record written, with the SHA-256 of every file: a unit exists
+exactly when its record verifies. Killing a run at any point and starting it again repeats nothing that has a record.
 
 The fingerprint covers everything that can change a result: the resolved recipe, the data files, the models and
 the versions of the libraries that compute. What is left out is listed in `NOT_IN_FINGERPRINT`, and tests show
-that results do not depend on it.
+that results do not depend on it. Trap: the lock is one of the local kernel; a run folder on a network file system that
+two machines use at once is not protected.
 """
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -23,62 +23,34 @@ from pathlib import Path
 from typing import Any
 
 from datalloy.config import DEITA_MODELS, Recipe
-from datalloy.errors import RunError, RunInUseError
+from datalloy.durable import (
+    clear_leftovers,
+    digest,
+    disk_faults,
+    file_hash,
+    sync_file,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
+from datalloy.errors import DatalloyError, EnvironmentFault, RunError, RunInUseError
 from datalloy.locations import HUB, locate_or_missing
 from datalloy.strict_yaml import dump_yaml
 from datalloy.tiny.model import WEIGHTS
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NOT_IN_FINGERPRINT = (
     "data_root",  # where data lie changes nothing; what is in the files is hashed
+    "max_rejected_fraction",  # whether a run goes on or is refused, not what it computes
     "score.batch_size",
     "evaluate.batch_size",
     "train.micro_batch_size",
     "train.report_to",
 )
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "pillow", "pyarrow")
-LOCK, PROVENANCE = "run.lock", "provenance.json"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either complete under its name or not there at all, power loss included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(value: Any) -> str:
-    """SHA-256, in hex, of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+LOCK, PROVENANCE, CONFIG = "run.lock", "provenance.json", "config.yaml"
 
 
 def fingerprint_parts(recipe: Recipe) -> dict[str, Any]:
@@ -131,9 +103,9 @@ def _model_hash(model: str) -> str:
     return digest({n: file_hash(folder / n) for n in names if not n.endswith(".md") and "/." not in f"/{n}"})
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The leaves in which two nested dicts differ, one readable line each."""
-    before, now = dict(_leaves(old)), dict(_leaves(new))
+def differences(old: dict[str, Any], new: dict[str, Any], under: str = "") -> list[str]:
+    """The leaves in which two nested dicts differ, one readable line each; all stand `under` a key."""
+    before, now = dict(_leaves(old, under)), dict(_leaves(new, under))
     changes = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted(before.keys() | now.keys())}
     return [f"  {key}: {was} before, {is_now} now" for key, (was, is_now) in changes.items() if was != is_now]
 
@@ -155,8 +127,17 @@ def take_lock(folder: Path) -> int:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
         os.close(lock)
         raise RunInUseError(f"{folder} is in use by {holder}; wait for it or stop it") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise EnvironmentFault(
+            f"{folder} cannot be locked ({error}); put the run on a disk of this machine with --run"
+        ) from error
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError:
+        os.close(lock)
+        raise
     return lock
 
 
@@ -176,14 +157,15 @@ class Run:
         self._lock: int | None = None
 
     def __enter__(self) -> "Run":
-        self._make_folder()
-        self._lock = take_lock(self.folder)
         try:
+            self._make_folder()
+            self._lock = take_lock(self.folder)
             self._check_provenance()
-            for left_by_a_kill in self.folder.rglob(".*.tmp"):
-                left_by_a_kill.unlink()
-        except BaseException:
+            clear_leftovers(self.folder)
+        except BaseException as error:
             self.__exit__()
+            if isinstance(error, OSError) and not isinstance(error, DatalloyError):
+                raise EnvironmentFault(f"{self.folder} cannot be opened as a run folder: {error}") from error
             raise
         return self
 
@@ -205,6 +187,9 @@ class Run:
         if path.exists():
             before = read_provenance(path)
             if before["fingerprint"] == self.fingerprint:
+                if not self._matches(CONFIG, before["config"]):
+                    log.warning("%s is damaged or missing; it is written again", self.path(CONFIG))
+                    self._write_provenance()
                 return
             if any(self.path("units").glob("*.json")):
                 changes = "\n".join(differences(before["parts"], self._parts))
@@ -212,20 +197,35 @@ class Run:
                     f"{self.folder} belongs to another recipe, input or version:\n{changes}\n"
                     "Its results would not be comparable; name another folder with --run"
                 )
-        write_atomically(self.path("config.yaml"), dump_yaml(self.recipe.dump()).encode())
-        write_json(
-            path,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "fingerprint": self.fingerprint,
-                "parts": self._parts,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "host": socket.gethostname(),
-                "cores": os.cpu_count(),
-            },
-        )
+        self._write_provenance()
+
+    def _write_provenance(self) -> None:
+        write_atomically(self.path(CONFIG), dump_yaml(self.recipe.dump()).encode())
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "parts": self._parts,
+            "config": file_hash(self.path(CONFIG)),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "host": socket.gethostname(),
+            "cores": os.cpu_count(),
+        }
+        write_json(self.path(PROVENANCE), {**record, "sha256": digest(record)})
+
+    def verify_inputs(self) -> None:
+        """Raise RunError where an input file is not what it was when the run was opened, naming it.
+
+        What was computed after it changed is worth nothing, and nobody would know. Price: every data file and local
+        checkpoint is read once more.
+        """
+        now = fingerprint_parts(self.recipe)
+        if changes := differences(self._parts["inputs"], now["inputs"], "inputs"):
+            raise RunError(
+                f"inputs of {self.folder} changed while it was running:\n" + "\n".join(changes) + "\n"
+                "What it holds cannot be trusted; put the files back and run it in another folder with --run"
+            )
 
     def path(self, name: str) -> Path:
         """Where the run keeps `name`, an artefact's path inside its folder."""
@@ -257,9 +257,14 @@ class Run:
     def commit(self, unit: str, files: Sequence[Path], data: dict[str, Any] | None = None) -> dict[str, Any]:
         """Record that a unit is done; returns `data` as a later `finished` will.
 
-        `files` may name folders: all files in them are covered.
+        `files` may name folders: all files in them are covered. They are on disk before the record is.
         """
         covered = sorted({path for file in files for path in _files_in(file)})
+        with disk_faults(self._record(unit)):
+            for path in covered:
+                sync_file(path)
+            for folder in {path.parent for path in covered}:
+                sync_folder(folder)
         record = {
             "unit": unit,
             "fingerprint": self.fingerprint,
@@ -293,16 +298,21 @@ class Run:
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """What `provenance.json` says of a run. Raises RunError where it is damaged or of another schema version."""
+    damaged = RunError(
+        f"{path} is damaged or not of Datalloy; what the folder holds cannot be told, so name another one with --run"
+    )
     try:
         before = json.loads(path.read_bytes())
         version = before["schema_version"]
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path} is damaged or not of Datalloy; name another folder with --run") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise damaged from None
     if version != SCHEMA_VERSION:
         raise RunError(
-            f"{path.parent} was written in schema {version}, this version reads {SCHEMA_VERSION}; "
-            "name another folder with --run"
+            f"{path.parent} was written in schema {version}, this version reads {SCHEMA_VERSION}; go on with the "
+            "version that wrote it (see provenance.json), or name another folder with --run"
         )
+    if before.pop("sha256", None) != digest(before):
+        raise damaged
     return before
 
 
@@ -311,7 +321,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_bytes())
         sha256 = record.pop("sha256")
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if sha256 == digest(record) else None
 

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -39,9 +38,9 @@ from torch.nn import Parameter
 from transformers.integrations import get_available_reporting_integrations
 
 from datalloy.config import Train
+from datalloy.durable import complete_path
 from datalloy.errors import DataError, EnvironmentFault, ModelError, RecipeError, RunError
 from datalloy.progress import track
-from datalloy.run import sync_folder
 from datalloy.vlm import VLM, Encoded
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def train(
         identity = _identity(vlm, [encoded[i] for i in order[:IDENTITY_SAMPLES]], len(encoded), settings, steps)
         checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", identity, parameters, optimizer)
         if checkpoint.path.exists():
-            attempt = checkpoint.restore()
+            attempt = checkpoint.restore() or attempt
             log.info("training goes on from step %d of %d: %s", attempt.steps, steps, checkpoint.path)
     try:
         if attempt.steps < steps:
@@ -387,22 +386,32 @@ class _Checkpoint:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor.contiguous() for name, tensor in state.items()}
         metadata = {"identity": self.identity, "attempt": json.dumps(dataclasses.asdict(attempt))}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        safetensors.torch.save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        sync_folder(self.path.parent)
+        with complete_path(self.path) as temporary:
+            try:
+                safetensors.torch.save_file(
+                    tensors, temporary, {**metadata, "sha256": _content_hash(tensors, metadata)}
+                )
+            except safetensors.SafetensorError as error:
+                raise OSError(str(error)) from error  # a full disk, in the library's words
 
-    def restore(self) -> Attempt:
-        """Put weights and optimiser state back where the last attempt left them. Raises RunError."""
+    def restore(self) -> Attempt | None:
+        """Put weights and optimiser state back where the last attempt left them.
+
+        None where the file is not what was written: it is set aside, and training begins again. Raises RunError where
+        it is another training's.
+        """
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except safetensors.SafetensorError as error:
-            raise RunError(f"{self.path} is damaged ({error}); delete it to train from the start") from error
+            found, written = _content_hash(tensors, metadata), metadata["sha256"]
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+            found, written = str(error), ""
+        if found != written:
+            aside = self.path.with_suffix(".damaged")
+            log.warning("%s is damaged and set aside as %s; training begins again", self.path, aside.name)
+            self.path.replace(aside)
+            return None
         if metadata["identity"] != self.identity:
             raise RunError(
                 f"{self.path} belongs to a training with other settings, samples or model; "
@@ -417,6 +426,15 @@ class _Checkpoint:
             state.setdefault(int(i), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         return Attempt(**json.loads(metadata["attempt"]))
+
+
+def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256, in hex, of everything in a checkpoint: a flipped bit in a weight is not seen by safetensors."""
+    total = hashlib.sha256(f"{metadata['identity']} {metadata['attempt']}".encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        total.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _identity(vlm: VLM, first: Sequence[Encoded], samples: int, settings: Train, steps: int) -> str:

@@ -42,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from datalloy.confined import Confined, ConfinedError, LimitError
 from datalloy.display import printable, shown
+from datalloy.durable import complete_files
 from datalloy.errors import DataError, ModelError
 from datalloy.sample import MAX_IMAGE_PIXELS, ImageRef, Sample, Turn, open_image
 from datalloy.tiny.model import WEIGHTS
@@ -461,13 +462,18 @@ class VLM:
         return None
 
     def save(self, folder: Path) -> None:
-        """Write what `load` reads: safetensors (under PEFT the adapter alone) and the processor's files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            self.model.save_pretrained(folder)
-        for name in PROCESSOR_FILES:
-            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
+        """Write what `load` reads: safetensors (under PEFT the adapter alone) and the processor's files.
+
+        Each file is complete or not there. Raises EnvironmentFault where the disk does not take them.
+        """
+        with complete_files(folder) as staging, _quiet():
+            try:
+                self.model.save_pretrained(staging)
+            except safetensors.SafetensorError as error:
+                raise OSError(str(error)) from error  # a full disk, in the library's words
+            for name in PROCESSOR_FILES:
+                if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
+                    shutil.copyfile(self.folder / name, staging / name)
 
     def copy(self) -> "VLM":
         """The same model with weights of its own; the processor is shared."""

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -25,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from datalloy import bakeoff, config, embeddings, leakage, readers, scorers
+from datalloy import accounts, bakeoff, config, embeddings, leakage, readers, scorers
+from datalloy.attempts import Attempt
 from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
 from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
@@ -35,7 +37,7 @@ from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
 from datalloy.progress import track
 from datalloy.readers import Reject
-from datalloy.run import Run, write_atomically, write_json
+from datalloy.run import SCHEMA_VERSION, Run, write_atomically, write_json
 from datalloy.sample import Sample
 from datalloy.scores import Scores
 from datalloy.search import Found
@@ -68,39 +70,47 @@ class Workflow:
 
     @cached_property
     def _checked(self) -> tuple[dict[str, Any], list[Sample], dict[str, list[Sample]], dict[str, list[Sample]]]:
-        pool, rejects = self._read(self.recipe.domains)
-        targets, target_rejects = self._read(self.recipe.targets)
-        evaluation, evaluation_rejects = self._read(self.recipe.evaluation)
-        read = {name: len(group) for sets in (pool, targets, evaluation) for name, group in sets.items()}
+        sets, rejects_by_set = self._read_all()
         done = self.run.finished("check")
         if done is None:
-            rejects += target_rejects + evaluation_rejects
-            rejects += self._unusable([s for sets in (pool, targets, evaluation) for g in sets.values() for s in g])
-            rejects += self._leaks(pool, targets, evaluation)
+            found = self._unusable([s for groups in sets.values() for group in groups.values() for s in group])
+            found += self._leaks(*sets.values())
+            rejects = [
+                reject for groups in rejects_by_set.values() for bad in groups.values() for reject in bad
+            ] + found
             rejected_at = [[str(reject.path), reject.row] for reject in rejects]
             lines = [json.dumps({**asdict(r), "path": str(r.path)}, ensure_ascii=False) + "\n" for r in rejects]
             write_atomically(self.run.path("rejected.jsonl"), "".join(lines).encode())
         else:
             rejected_at = done["rejected_at"]
-        bad = {(path, row) for path, row in rejected_at}
-        kept = [
-            {name: [s for s in group if (str(s.origin.path), s.origin.row) not in bad] for name, group in sets.items()}
-            for sets in (pool, targets, evaluation)
-        ]
-        digest = _digest([s for sets in kept for group in sets.values() for s in group])
+        kept = {section: _without(groups, rejected_at) for section, groups in sets.items()}
+        digest = _digest([s for groups in kept.values() for group in groups.values() for s in group])
         if done is None:
-            counts = self._count(*kept, rejects=rejects, read=read)
+            rows = _account(sets, rejects_by_set, found, kept)
+            counts = self._count(*kept.values(), rejects=rejects, sets=rows)
             write_json(self.run.path("check.json"), counts)
             self._refuse_over_budget(counts)
             files = [self.run.path("check.json"), self.run.path("rejected.jsonl")]
             done = self.run.commit("check", files, {"counts": counts, "digest": digest, "rejected_at": rejected_at})
-        if done["digest"] != digest:
+        self._refuse_changed(done["digest"], digest)
+        pool = sorted((s for group in kept["domains"].values() for s in group), key=lambda s: (s.domain, s.id))
+        return done["counts"], pool, kept["targets"], kept["evaluation"]
+
+    def _refuse_changed(self, before: str, now: str) -> None:
+        if before != now:
             raise DataError(
                 f"the pictures or texts of {self.recipe.name} changed since {self.run.folder} was started, under the "
                 "same file names; put them back, or start a new run with --run"
             )
-        pool_list = sorted((s for group in kept[0].values() for s in group), key=lambda s: (s.domain, s.id))
-        return done["counts"], pool_list, kept[1], kept[2]
+
+    def _verify_inputs(self) -> None:
+        """Raise RunError or DataError where data, pictures or models are not what the run was computed from."""
+        self.run.verify_inputs()
+        done = self.run.finished("check") or {}
+        kept = [_without(groups, done["rejected_at"]) for groups in self._read_all()[0].values()]
+        self._refuse_changed(
+            done["digest"], _digest([s for groups in kept for group in groups.values() for s in group])
+        )
 
     @property
     def pool(self) -> list[Sample]:
@@ -115,12 +125,15 @@ class Workflow:
     def evaluation(self) -> dict[str, list[Sample]]:
         return self._checked[3]
 
-    def _read(self, sources: Mapping[str, config.DataSource]) -> tuple[dict[str, list[Sample]], list[Reject]]:
-        groups, rejects = {}, []
-        for name, source in sources.items():
-            groups[name], bad = readers.read_all(source, name)
-            rejects += bad
-        return groups, rejects
+    def _read_all(self) -> tuple[dict[str, dict[str, list[Sample]]], dict[str, dict[str, list[Reject]]]]:
+        """Samples and rejects of every set, by section and name."""
+        samples: dict[str, dict[str, list[Sample]]] = {}
+        rejects: dict[str, dict[str, list[Reject]]] = {}
+        for section in accounts.SECTIONS:
+            samples[section], rejects[section] = {}, {}
+            for name, source in getattr(self.recipe, section).items():
+                samples[section][name], rejects[section][name] = readers.read_all(source, name)
+        return samples, rejects
 
     def _unusable(self, samples: Sequence[Sample]) -> list[Reject]:
         """Samples that the model cannot be given: no supervised token, too long, picture that cannot be decoded."""
@@ -166,7 +179,7 @@ class Workflow:
             if (s.domain, s.id) in found
         ]
 
-    def _count(self, *kept: dict[str, list[Sample]], rejects: list[Reject], read: dict[str, int]) -> dict[str, Any]:
+    def _count(self, *kept: dict[str, list[Sample]], rejects: list[Reject], sets: dict[str, Any]) -> dict[str, Any]:
         reasons: dict[str, int] = {}
         for reject in rejects:
             reasons[reject.reason] = reasons.get(reject.reason, 0) + 1
@@ -179,7 +192,7 @@ class Workflow:
             "rejected": len(rejects),
             "rejected_by_reason": dict(sorted(reasons.items())),
             "rejected_by_file": by_file,
-            "read": read,
+            "sets": sets,
             "duplicates": leakage.count_duplicates(
                 [s for group in kept[0].values() for s in group], image_distance=self.recipe.leakage.image_distance
             ),
@@ -309,7 +322,7 @@ class Workflow:
     def _table(self, method: str) -> Scores:
         target = self.run.path(f"scores/{method}.parquet")
         if self.run.finished(f"scores/{method}") is not None:
-            return Scores.read(target)
+            return self._refuse_unscored(Scores.read(target))
         shards = self._shards()
         scorer: scorers.Scorer | None = None
         rater: scorers.Rater | None = None
@@ -322,13 +335,13 @@ class Workflow:
                 if number + 1 < len(shards):
                     self._encoded_pool.read_ahead(shards[number + 1])
                 started = time.monotonic()
-                self._score_rows(scorer, rater, shard, method).write(path)
+                self._score_rows(scorer, rater, shard, method, unit).write(path)
                 self.run.commit(unit, [path], {"seconds": time.monotonic() - started})
         parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
         table = replace(Scores.concat(parts), metadata=self._score_metadata(method))
         table.write(target)
         self.run.commit(f"scores/{method}", [target])
-        return table
+        return self._refuse_unscored(table)
 
     def _scorer(self, method: str) -> scorers.Scorer:
         probing = None if method in ("loss", *scorers.RATERS) else self._probing
@@ -350,27 +363,54 @@ class Workflow:
             batch_size=self.recipe.score.batch_size,
         )
 
-    def _score_rows(self, scorer: scorers.Scorer, rater: scorers.Rater | None, shard: range, method: str) -> Scores:
+    def _score_rows(
+        self, scorer: scorers.Scorer, rater: scorers.Rater | None, shard: range, method: str, unit: str
+    ) -> Scores:
         samples, encoded = [self.pool[i] for i in shard], [self._encoded_pool[i] for i in shard]
-        block = scorer.score(encoded)
-        utility_NG = np.where(block.finite_N[:, None], block.utility_NG, np.nan)
+        with Attempt(self.run.path(f"attempts/{unit}.json")) as attempt:
+            keys = [s.content_hash for s in samples]
+            isolated = scorers.score_isolated(scorer, encoded, keys, targets=len(self.targets), attempt=attempt)
+        for position, error in isolated.errors.items():
+            sample, state = samples[position], isolated.state_N[position]
+            log.warning("%s: sample %.200r is not scored (%s): %s", sample.origin, sample.id, state, error)
+        block, state_N = isolated.block, np.array(isolated.state_N)
+        is_ok_N = state_N == "ok"
+        utility_NG = np.where(is_ok_N[:, None], block.utility_NG, np.nan)
+        falls = None
+        if self.recipe.score.contributions and block.fall_NV is not None:
+            falls = [fall_V if ok else None for fall_V, ok in zip(block.fall_NV, is_ok_N, strict=True)]
         scores = Scores.from_columns(
             id=[s.id for s in samples],
             domain=[s.domain for s in samples],
             supervised_tokens=[e.supervised_tokens for e in encoded],
             length_tokens=[e.length for e in encoded],
-            loss=np.where(block.finite_N, block.loss_N, np.nan),
-            utility=np.where(block.finite_N, block.utility_N, np.nan),
+            loss=np.where(is_ok_N, block.loss_N, np.nan),
+            utility=np.where(is_ok_N, block.utility_N, np.nan),
             utility_by_target=dict(zip(self.targets, utility_NG.T, strict=True)),
-            utility_se=np.where(block.finite_N, block.error_N, np.nan),
-            state=np.where(block.finite_N, "ok", "nonfinite"),
-            contributions=block.fall_NV if self.recipe.score.contributions else None,
+            utility_se=np.where(is_ok_N, block.error_N, np.nan),
+            state=state_N,
+            contributions=falls,
             metadata={"method": method, "signed": scorer.signed},
         )
         if rater is None:
             return scores
         ratings = rater.rate(samples)
-        return scores.with_utility(ratings.rating_N, ratings.state_N, scores.metadata)
+        return scores.with_utility(ratings.rating_N, np.where(is_ok_N, ratings.state_N, state_N), scores.metadata)
+
+    def _refuse_unscored(self, table: Scores) -> Scores:
+        """The table, where no more samples could not be scored than the error budget allows. Raises DataError."""
+        is_bad_N, allowed = np.isin(table.state, scorers.FAULTS), self.recipe.max_rejected_fraction
+        bad = int(is_bad_N.sum())
+        if bad > allowed * len(table):
+            states = dict(Counter(table.state[is_bad_N].tolist()))
+            first = int(np.flatnonzero(is_bad_N)[0])
+            raise DataError(
+                f"{bad} of {len(table)} samples could not be scored by {table.metadata['method']} ({states}), "
+                f"max_rejected_fraction is {allowed}; the first is {table.id[first]!r:.200} of domain "
+                f"{table.domain[first]}, all are in {self.run.path('scores')}. Mend or remove them, lower score.step "
+                "where they are nonfinite, or raise max_rejected_fraction and go on in the same folder"
+            )
+        return table
 
     @cached_property
     def _proxy(self) -> VLM:
@@ -457,7 +497,8 @@ class Workflow:
         selection = self.selection_of(arm)
         selection = selection.with_metadata({**selection.metadata, "arm": asdict(arm), "bakeoff": outcome})
         selection.write(path)
-        self.run.commit("selection", [path], {"arm": asdict(arm), "kept": int(selection.kept.sum())})
+        files = [path, self.run.path("bakeoff.json")] if outcome else [path]
+        self.run.commit("selection", files, {"arm": asdict(arm), "kept": int(selection.kept.sum())})
         return selection
 
     def selection_of(self, arm: bakeoff.Arm) -> Selection:
@@ -715,15 +756,31 @@ class Workflow:
             table[name] = {"kept": len(indices), "sets": results}
         return table
 
+    def _decided(self) -> dict[str, Any]:
+        """What became of the pool's samples, and what is still to do."""
+        counts: dict[str, Any] = {"pending": len([*self.run.path("attempts").rglob("*.json")])}
+        if self.run.finished("scores") is not None:
+            counts["scored"] = dict(sorted(Counter(self.score().state.tolist()).items()))
+        if self.run.finished("selection") is not None:
+            counts["selected"] = self.select().count_reasons()
+        return counts
+
     def run_all(self) -> dict[str, Any]:
-        """The whole chain. Writes `status.json` last."""
+        """The whole chain. Writes `status.json` last, and only where inputs are unchanged and the counts add up.
+
+        Raises RunError where they do not.
+        """
         counts = self.check()
         used = self._used_samples()
         advice = self.verify() if self.recipe.mixture else None
         metrics = self.evaluate()
         self.export()
+        self._verify_inputs()
+        counts = {**counts, **self._decided()}
+        accounts.require_balance(counts, self.run.folder)
         status = {
             "complete": True,
+            "schema_version": SCHEMA_VERSION,
             "fingerprint": self.run.fingerprint,
             "counts": counts,
             "kept": len(used),
@@ -733,6 +790,33 @@ class Workflow:
             status["mixture"] = advice.to_json()
         write_json(self.run.path("status.json"), status)
         return status
+
+
+def _without(groups: Mapping[str, Sequence[Sample]], rejected_at: Sequence[Sequence[Any]]) -> dict[str, list[Sample]]:
+    """The samples of each set that no reject stands at the place of."""
+    bad = {(path, row) for path, row in rejected_at}
+    return {n: [s for s in group if (str(s.origin.path), s.origin.row) not in bad] for n, group in groups.items()}
+
+
+def _account(
+    sets: Mapping[str, Mapping[str, Sequence[Sample]]],
+    unread: Mapping[str, Mapping[str, Sequence[Reject]]],
+    found: Sequence[Reject],
+    kept: Mapping[str, Mapping[str, Sequence[Sample]]],
+) -> dict[str, dict[str, dict[str, int]]]:
+    """How many records of each set were read, accepted and rejected; `found` are rejects among the samples read."""
+    places = {(reject.path, reject.row) for reject in found}
+    return {
+        section: {
+            name: {
+                "read": len(group) + len(unread[section][name]),
+                "accepted": len(kept[section][name]),
+                "rejected": len(unread[section][name]) + sum((s.origin.path, s.origin.row) in places for s in group),
+            }
+            for name, group in groups.items()
+        }
+        for section, groups in sets.items()
+    }
 
 
 def _as_data(result: Evaluation) -> dict[str, Any]:

@@ -10,13 +10,10 @@ fingerprint sees it). JSON rows are held in memory until they are written, pictu
 """
 
 import codecs
-import contextlib
 import itertools
 import json
-import os
 import re
 import tarfile
-import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +25,11 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from datalloy.config import DataSource
+from datalloy.durable import complete_file, write_json
 from datalloy.errors import DataError
 from datalloy.locations import ENTRY_FILE, locate
 from datalloy.readers.arrow import FILE_MAGIC, STREAM_MAGIC, read_arrow
 from datalloy.readers.webdataset import tar_groups
-from datalloy.run import sync_folder, write_json
 from datalloy.sample import FileImage, Sample
 
 MEDIA_ROOTS = "media_roots.json"
@@ -121,23 +118,6 @@ def _check_root(samples: Sequence[Sample], root: Path) -> None:
         for image in sample.images:
             if isinstance(image, FileImage) and not image.path.is_relative_to(root):
                 raise DataError(f"{sample.id}: {image} is not in {root}; give export the source that it was read with")
-
-
-@contextlib.contextmanager
-def complete_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when all is written and on disk; nothing is left behind where that fails."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def _write_rows(source: Path, samples: Sequence[Sample], file: BinaryIO) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from datalloy import readers
+from datalloy.accounts import require_balance
 from datalloy.config import DataSource, Recipe, load_recipe
 from datalloy.errors import DataError, RunError
 from datalloy.metrics import higher_is_better
@@ -99,7 +100,9 @@ class RunFacts:
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        return self._json("status.json")
+        status = self._json("status.json")
+        require_balance(status["counts"], self.folder)
+        return status
 
     @cached_property
     def provenance(self) -> dict[str, Any]:

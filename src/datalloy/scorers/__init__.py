@@ -21,6 +21,7 @@ from datalloy.scorers.baselines import BASELINES, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.deita import DeitaRater
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
+from datalloy.scorers.isolation import FAULTS, score_isolated
 from datalloy.scorers.less import LessScorer
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
@@ -34,6 +35,7 @@ from datalloy.vlm import VLM, Encoded
 
 __all__ = [
     "BASELINES",
+    "FAULTS",
     "GRID",
     "RATERS",
     "SCAN_PROBES",
@@ -49,6 +51,7 @@ __all__ = [
     "agreement_with_exact",
     "prepare",
     "probe",
+    "score_isolated",
 ]
 
 SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from datalloy.errors import ModelError
 from datalloy.vlm import VLM, Encoded
 
+CHECK_EVERY = 256  # simulated steps between two looks at the bits of the weights
 TINY = torch.finfo(torch.float32).tiny  # for a division by a norm that is zero: what has no gradient takes no step
 
 
@@ -61,7 +62,8 @@ def loss_and_gradient(vlm: VLM, sample: Encoded, parameters: Sequence[Parameter]
 class Steppable:
     """Parameters that can be moved and put back bit for bit: those of `parameters` that training would change.
 
-    Under PEFT that is the adapter alone. Holds one copy of them; nothing else is touched.
+    Under PEFT that is the adapter alone. Holds one copy of them; nothing else is touched. Every `CHECK_EVERY` steps
+    the parameters' bits are compared with those at the start; price: reading them once.
     """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
@@ -71,6 +73,7 @@ class Steppable:
         if low := {str(p.dtype) for p in self.parameters} - {"torch.float32"}:
             raise ModelError(f"steps are simulated in float32, the proxy holds {', '.join(low)}; load it in float32")
         self._originals = [p.detach().clone() for p in self.parameters]
+        self._bits, self._moves = _bits(self.parameters), 0
 
     @contextmanager
     def moved(self, direction: Sequence[Tensor], size: float) -> Iterator[None]:
@@ -83,6 +86,23 @@ class Steppable:
             finally:
                 for parameter, original in zip(self.parameters, self._originals, strict=True):
                     parameter.data.copy_(original)
+        self._moves += 1
+        if self._moves % CHECK_EVERY == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ModelError where the parameters, or the copy that they are put back from, are not as at the start."""
+        if not _bits(self.parameters) == self._bits == _bits(self._originals):
+            raise ModelError(
+                f"after {self._moves} simulated steps the proxy's weights are not those that it began with, so nothing "
+                "scored since can be trusted; other code changes them, or memory is faulty. Start again from the last "
+                "finished part"
+            )
+
+
+def _bits(tensors: Sequence[Tensor]) -> list[int]:
+    """For each tensor the sum of its bits taken as whole numbers: exact, in any order, and changed by any one bit."""
+    return [int(tensor.detach().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors]
 
 
 def root_second_moments(
