@@ -3,6 +3,8 @@
 #   make demo     the main job on the embedded model and a drawn pool: a table, and the path of a report
 #   make test     all tests
 #   make check    lint, format and types
+#   make fuzz     coverage-guided fuzzing of readers, pictures and recipes, ten minutes each (SECONDS=60: one)
+#   make audit    known holes in the pinned versions (needs a network)
 #   make bench    every figure of docs/performance.md (some three hours of one core); the peers are measured where
 #                 MERGEKIT=path/to/mergekit-yaml and PEERS=bin-folder-with-bergson-and-kronfluence are given
 #   make docs     the documentation as a site in build/site; opens offline
@@ -17,7 +19,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench packs tiny wheel docs reference clean
+.PHONY: fuzz audit setup demo test check bench packs tiny wheel docs reference clean
 
 setup: $(VENV)/.datalloy-installed
 
@@ -49,6 +51,17 @@ bench: setup
 packs: setup
 	@test -n "$(DATA)" || { echo "usage: make packs DATA=folder-with-the-unpacked-packs"; exit 2; }
 	$(BIN)/python scripts/run_packs.py --data "$(DATA)"
+
+SECONDS ?= 600
+FUZZ_TARGETS ?= reader image recipe
+
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'atheris>=2.3'
+	for target in $(FUZZ_TARGETS); do $(BIN)/python scripts/fuzz.py $$target --seconds $(SECONDS) || exit 1; done
+
+audit: setup
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.7'
+	$(BIN)/python -m pip_audit --disable-pip --require-hashes --requirement requirements.lock
 
 tiny: setup
 	$(BIN)/python scripts/pretrain_tiny.py --out src/datalloy/tiny/weights

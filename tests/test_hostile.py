@@ -3,16 +3,21 @@
 import ast
 import json
 import os
+import re
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import transformers
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from datalloy import confined
 from datalloy import vlm as vlm_module
@@ -331,3 +336,32 @@ def test_logging_takes_arguments_and_no_text_from_data_is_a_format():
             template = node.func.value
             assert isinstance(template, ast.Constant) or ast.unparse(template) == "super()", where
         assert called(node) not in {"Template", "from_string"}, where
+
+
+# Supply chain
+
+ROOT = SOURCE.parent.parent
+FLOORS = {"jinja2": "3.1.6", "torch": "2.6", "pillow": "12.3", "pyarrow": "14.0.1"}
+
+
+def test_versions_are_pinned_with_hashes_and_have_no_known_holes():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = {need.name.lower(): need.specifier for need in map(Requirement, project["dependencies"])}
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    entry = re.compile(r"^([\w.-]+)==(\S+)(?: \\\n    --hash=sha256:[0-9a-f]{64})+$", re.MULTILINE)
+    locked = {
+        canonicalize_name(name): version for name, version in entry.findall((ROOT / "requirements.lock").read_text())
+    }
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    assert {name: pinned.get(name) for name in locked} == locked, "run scripts/lock.sh"
+    assert set(map(canonicalize_name, floors)) - {"torch"} <= locked.keys()  # torch: a build that fits the machine
+    for name, floor in FLOORS.items():
+        (lowest,) = (Version(part.version) for part in floors[name] if part.operator == ">=")
+        assert lowest >= Version(floor), name
+        assert Version(pinned.get(name, str(lowest))) >= lowest
+
+
+def test_building_the_package_downloads_nothing():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert build == {"requires": ["setuptools>=77"], "build-backend": "setuptools.build_meta"}
+    assert not (ROOT / "setup.py").exists()
