@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -337,3 +338,13 @@ def test_a_table_with_too_many_cells_is_refused(ledger, write):
     assert len(next(csv.reader([text.splitlines()[1]]))) == 6
     with pytest.raises(DataError, match=r"table.csv:2 has more cells than the table has columns"):
         read(ledger, write("table.csv", text))
+
+
+def test_the_example_of_the_page_works(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/evaluators.md").read_text()
+    for kind, name in (("yaml", "recipe.yaml"), ("csv", "table.csv")):
+        block = page.partition(f"```{kind}\n")[2].partition("```")[0]
+        (tmp_path / name).write_text(block)
+    new, advice = asktell.tell(tmp_path / "recipe.yaml", [tmp_path / "table.csv"], tmp_path / "run")
+    assert new == 6
+    assert advice.mixture.searched["maths"] > 0.4

@@ -11,18 +11,23 @@ to index, are read once for all candidates of a process.
 Traps. lmms-eval's response cache knows a live model by nothing: it would answer the second candidate with the words of
 the first. It is off, or lies in a folder of each mixture's own. Its multiple-choice tasks take the smallest number for
 the likeliest choice, because its models return losses where the interface speaks of log-likelihoods; so does this one.
-Answers are greedy: a task that wants to sample is refused. Against a CPU build of torch, torchvision from PyPI does not
+Answers are greedy: a task that wants to sample is refused. Some tasks switch on Pillow's LOAD_TRUNCATED_IMAGES for the
+whole process, by which half a picture passes for a whole one; it is off where pictures are read here, and put back
+behind every evaluation. Against a CPU build of torch, torchvision from PyPI does not
 load, and lmms-eval, which does not need it, dies on importing it: uninstall it there.
 """
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+import PIL.ImageFile
 import torch
 
 from datalloy.errors import DataError, EnvironmentFault, RecipeError
@@ -55,10 +60,11 @@ class LmmsTasks:
         batch_size: int = BATCH_SIZE,
         limit: int | None = None,
     ) -> None:
-        _check_installed()
-        from lmms_eval.tasks import TaskManager
+        with _truncated_images(None):
+            _check_installed()
+            from lmms_eval.tasks import TaskManager
 
-        self._manager = TaskManager(include_path=folder and str(folder), include_defaults=not own_only)
+            self._manager = TaskManager(include_path=folder and str(folder), include_defaults=not own_only)
         if unknown := sorted(set(tasks) - set(self._manager.all_tasks)):
             raise RecipeError(f"lmms-eval has no task {unknown[0]}; `lmms-eval tasks list` names what there is")
         self._tasks, self._batch_size, self._limit = list(tasks), batch_size, limit
@@ -72,19 +78,32 @@ class LmmsTasks:
             response_cache: a folder for one set of experts. `weights`, the mixture that `vlm` holds, must then be
                 given: each mixture has a cache of its own inside.
         """
-        from lmms_eval.evaluator import simple_evaluate
-
         if response_cache is not None and weights is None:
             raise RecipeError("a response cache needs the weights of the mixture, by which its entries are told apart")
         used = response_cache and str(response_cache / digest(dict(weights or {}))[:16])
-        return simple_evaluate(
-            _live_class()(vlm, self._batch_size, is_cached=used is not None),
-            tasks=self._tasks,
-            task_manager=self._manager,
-            use_cache=used,
-            limit=self._limit,
-            batch_size=self._batch_size,
-        )
+        with _truncated_images(None):
+            from lmms_eval.evaluator import simple_evaluate
+
+            return simple_evaluate(
+                _live_class()(vlm, self._batch_size, is_cached=used is not None),
+                tasks=self._tasks,
+                task_manager=self._manager,
+                use_cache=used,
+                limit=self._limit,
+                batch_size=self._batch_size,
+            )
+
+
+@contextmanager
+def _truncated_images(allowed: bool | None) -> Iterator[None]:
+    """Pillow's switch, for the whole process, set for a while, or with None left alone; afterwards as it was."""
+    before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        if allowed is not None:
+            PIL.ImageFile.LOAD_TRUNCATED_IMAGES = allowed
+        yield
+    finally:
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _check_installed() -> None:
@@ -128,7 +147,8 @@ def _live_class() -> type:
             answers = [""] * len(asked)
             for length, rows in by_length.items():
                 samples = [asked[i].sample for i in rows]
-                written = self._vlm.generate(samples, max_new_tokens=length, batch_size=self._batch_size)
+                with _truncated_images(False):
+                    written = self._vlm.generate(samples, max_new_tokens=length, batch_size=self._batch_size)
                 for i, text in zip(rows, written, strict=True):
                     answers[i] = _cut(text, asked[i].until)
             return answers
@@ -143,14 +163,16 @@ def _live_class() -> type:
                     "it without response_cache"
                 )
             samples = [_continued(request.args, self.task_dict) for request in requests]
-            encoded = [self._vlm.encode(sample) for sample in samples]
+            with _truncated_images(False):
+                encoded = [self._vlm.encode(sample) for sample in samples]
             losses: list[float] = []
             with torch.no_grad():
                 for start in range(0, len(encoded), self._batch_size):
                     batch = self._vlm.collate(encoded[start : start + self._batch_size])
                     losses += self._vlm.losses(batch).tolist()
             longest = max(item.supervised_tokens for item in encoded)
-            written = self._vlm.generate(samples, max_new_tokens=longest, batch_size=self._batch_size)
+            with _truncated_images(False):
+                written = self._vlm.generate(samples, max_new_tokens=longest, batch_size=self._batch_size)
             is_greedy = [text == sample.answer for text, sample in zip(written, samples, strict=True)]
             # wrapped, because lmms-eval 0.7.3 makes text of any other pair and then cannot read it
             return [GenerationResult(pair) for pair in zip(losses, is_greedy, strict=True)]
@@ -220,8 +242,6 @@ def _turn(message: Mapping[str, Any], task: str) -> Turn:
 
 
 def _pictures(visuals: Sequence[Any] | None, task: str) -> list[_Picture]:
-    import PIL.Image
-
     pictures = []
     for visual in visuals or ():
         if isinstance(visual, str | Path) and Path(visual).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
