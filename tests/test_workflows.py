@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from datalloy.config import load_recipe
@@ -185,6 +186,50 @@ def test_too_many_bad_records_stop_the_run_and_are_listed(tmp_path):
             Workflow(run).check()
         lines = run.path("rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["line"] for line in lines] == [25, 26, 27]
+
+
+def test_a_record_is_rejected_once_and_in_its_own_set_alone(tmp_path):
+    """The target's file is also part of the pool, and one of its records is both leaked and unusable."""
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    target = tmp_path / "data" / "chart.target.jsonl"
+    lines = target.read_text().splitlines(keepends=True)
+    bad = json.loads(lines[0])
+    bad["id"] = "bad\u2028id"
+    bad["messages"][-1]["content"] = "<end_of_utterance>"
+    target.write_text("".join(lines) + json.dumps(bad, ensure_ascii=False) + "\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    overrides = (
+        "domains.copy.path=data/chart.target.jsonl",
+        "domains.copy.limit=2",
+        "domains.counting.path=data/chart.target.jsonl",
+        "leakage.on_leak=drop",
+        "max_rejected_fraction=1",
+    )
+    with Run(load_recipe(tmp_path / "recipe.yaml", overrides), tmp_path / "run") as run:
+        with pytest.raises(DataError, match=r"domains\.\w+ .* has no usable sample"):
+            Workflow(run).check()
+        counts = json.loads(run.path("check.json").read_text())
+        rejected = [json.loads(line) for line in run.path("rejected.jsonl").read_text().splitlines()]
+    assert counts["targets"]["chart"] == len(lines)
+    assert counts["sets"]["domains"]["copy"] == {"read": 2, "accepted": 0, "rejected": 2}
+    assert counts["sets"]["targets"]["chart"] == {"read": len(lines) + 1, "accepted": len(lines), "rejected": 1}
+    assert counts["rejected_by_reason"]["control_token_in_text"] == 2
+    keys = [(reject["set"], reject["path"], reject["row"]) for reject in rejected]
+    assert len(set(keys)) == len(keys) == counts["rejected"]
+
+
+def test_animations_are_counted_because_only_their_first_frame_is_seen(tmp_path, caplog):
+    write_pool(tmp_path / "data", PLAN, seed=0)
+    picture = next((tmp_path / "data" / "images").glob("target-chart*"))
+    with PIL.Image.open(picture) as opened:
+        frame = opened.convert("RGB")
+    frame.save(picture, "PNG", save_all=True, append_images=[PIL.Image.new("RGB", frame.size)])
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with Run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run") as run:
+        counts = Workflow(run).check()
+    assert counts["first_frame_only"]["targets.chart"] >= 1
+    assert sum(counts["first_frame_only"].values()) == counts["first_frame_only"]["targets.chart"]
+    assert "only the first frame is seen" in caplog.text
 
 
 def test_pictures_that_change_under_a_run_are_noticed(tmp_path):

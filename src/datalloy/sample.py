@@ -117,11 +117,10 @@ def open_image(image: ImageRef) -> PIL.Image.Image:
 def has_further_frames(image: ImageRef) -> bool:
     """Whether the picture is an animation or a document of several pages, of which only the first is ever used.
 
-    Looks at headers. False for what is no picture, or damaged behind its first frame. Raises OSError.
+    Looks at headers. False for what is no picture, cannot be read, or is damaged behind its first frame.
     """
-    data = image.read()
     try:
-        with _opened(data) as opened:
+        with _opened(image.read()) as opened:
             return bool(getattr(opened, "is_animated", False))
     except MemoryError:
         raise

@@ -32,13 +32,12 @@ from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
 from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
 from datalloy.exporters import export_rows
-from datalloy.locations import locate_or_missing
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
 from datalloy.progress import track
 from datalloy.readers import Reject
 from datalloy.run import SCHEMA_VERSION, Run, write_atomically, write_json
-from datalloy.sample import Sample
+from datalloy.sample import Sample, has_further_frames
 from datalloy.scores import Scores
 from datalloy.search import Found
 from datalloy.selection import Selection, select
@@ -70,28 +69,30 @@ class Workflow:
 
     @cached_property
     def _checked(self) -> tuple[dict[str, Any], list[Sample], dict[str, list[Sample]], dict[str, list[Sample]]]:
-        sets, rejects_by_set = self._read_all()
+        sets, rejects = self._read_all()
+        read = {key: len(sets[key]) + len(rejects[key]) for key in sets}
         done = self.run.finished("check")
         if done is None:
-            found = self._unusable([s for groups in sets.values() for group in groups.values() for s in group])
-            found += self._leaks(*sets.values())
-            rejects = [
-                reject for groups in rejects_by_set.values() for bad in groups.values() for reject in bad
-            ] + found
-            rejected_at = [[str(reject.path), reject.row] for reject in rejects]
-            lines = [json.dumps({**asdict(r), "path": str(r.path)}, ensure_ascii=False) + "\n" for r in rejects]
+            further_frames = self._refuse_unusable(sets, rejects)
+            self._refuse_leaks(sets, rejects)
+            rejected_at = {key: [[str(reject.path), reject.row] for reject in bad] for key, bad in rejects.items()}
+            lines = [
+                json.dumps({"set": key, **asdict(reject), "path": str(reject.path)}) + "\n"
+                for key, bad in rejects.items()
+                for reject in bad
+            ]
             write_atomically(self.run.path("rejected.jsonl"), "".join(lines).encode())
         else:
-            rejected_at = done["rejected_at"]
-        kept = {section: _without(groups, rejected_at) for section, groups in sets.items()}
-        digest = _digest([s for groups in kept.values() for group in groups.values() for s in group])
+            rejected_at, further_frames = done["rejected_at"], {}
+        sets = _without(sets, rejected_at)
+        digest = _digest([s for group in sets.values() for s in group])
         if done is None:
-            rows = _account(sets, rejects_by_set, found, kept)
-            counts = self._count(*kept.values(), rejects=rejects, sets=rows)
+            counts = self._count(sets, rejects, read) | {"first_frame_only": further_frames}
             write_json(self.run.path("check.json"), counts)
             self._refuse_over_budget(counts)
             files = [self.run.path("check.json"), self.run.path("rejected.jsonl")]
             done = self.run.commit("check", files, {"counts": counts, "digest": digest, "rejected_at": rejected_at})
+        kept = self._by_section(sets)
         self._refuse_changed(done["digest"], digest)
         pool = sorted((s for group in kept["domains"].values() for s in group), key=lambda s: (s.domain, s.id))
         return done["counts"], pool, kept["targets"], kept["evaluation"]
@@ -107,10 +108,8 @@ class Workflow:
         """Raise RunError or DataError where data, pictures or models are not what the run was computed from."""
         self.run.verify_inputs()
         done = self.run.finished("check") or {}
-        kept = [_without(groups, done["rejected_at"]) for groups in self._read_all()[0].values()]
-        self._refuse_changed(
-            done["digest"], _digest([s for groups in kept for group in groups.values() for s in group])
-        )
+        kept = _without(self._read_all()[0], done["rejected_at"])
+        self._refuse_changed(done["digest"], _digest([s for group in kept.values() for s in group]))
 
     @property
     def pool(self) -> list[Sample]:
@@ -125,31 +124,55 @@ class Workflow:
     def evaluation(self) -> dict[str, list[Sample]]:
         return self._checked[3]
 
-    def _read_all(self) -> tuple[dict[str, dict[str, list[Sample]]], dict[str, dict[str, list[Reject]]]]:
-        """Samples and rejects of every set, by section and name."""
-        samples: dict[str, dict[str, list[Sample]]] = {}
-        rejects: dict[str, dict[str, list[Reject]]] = {}
+    def _read_all(self) -> tuple[dict[str, list[Sample]], dict[str, list[Reject]]]:
+        """Samples and rejects by set: `SECTION.NAME`, because a target may have the name of a domain."""
+        samples, rejects = {}, {}
         for section in accounts.SECTIONS:
-            samples[section], rejects[section] = {}, {}
             for name, source in getattr(self.recipe, section).items():
-                samples[section][name], rejects[section][name] = readers.read_all(source, name)
+                key = f"{section}.{name}"
+                samples[key], rejects[key] = readers.read_all(source, name)
         return samples, rejects
 
-    def _unusable(self, samples: Sequence[Sample]) -> list[Reject]:
-        """Samples that the model cannot be given: no supervised token, too long, picture that cannot be decoded."""
-        rejects = []
-        for sample in track(samples, "check", len(samples)):
+    def _by_section(self, sets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What is known by set, by section and name."""
+        return {
+            section: {name: sets[f"{section}.{name}"] for name in getattr(self.recipe, section)}
+            for section in accounts.SECTIONS
+        }
+
+    def _refuse_unusable(self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]) -> dict[str, int]:
+        """Move what the model cannot be given from `sets` to `rejects`: too long, a picture that is none, ...
+
+        Returns how many samples of each set show pictures with further frames or pages, which nobody will see.
+        """
+        further_frames = dict.fromkeys(sets, 0)
+        every = [(key, sample) for key, group in sets.items() for sample in group]
+        for key in sets:
+            sets[key] = []
+        for key, sample in track(every, "check", len(every)):
             try:
                 self._proxy_base.encode(sample, max_tokens=self.recipe.train.max_tokens)
             except EncodeError as error:
-                origin = sample.origin
-                rejects.append(Reject(origin.path, origin.row, origin.line, sample.id, error.reason, str(error)))
-        return rejects
+                rejects[key].append(_reject(sample, error.reason, str(error)))
+            else:
+                sets[key].append(sample)
+                further_frames[key] += any(map(has_further_frames, sample.images))
+        for key, count in further_frames.items():
+            if count:
+                log.warning("%s: of %d samples' animations and documents only the first frame is seen", key, count)
+        return further_frames
+
+    def _refuse_leaks(self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]) -> None:
+        """Move leaked samples of the pool from `sets` to `rejects`. Raises LeakageError where the recipe says so."""
+        for sample, reject in self._leaks(**self._by_section(sets)):
+            key = f"domains.{sample.domain}"
+            sets[key].remove(sample)
+            rejects[key].append(reject)
 
     def _leaks(
-        self, pool: dict[str, list[Sample]], targets: dict[str, list[Sample]], evaluation: dict[str, list[Sample]]
-    ) -> list[Reject]:
-        samples = [s for group in pool.values() for s in group]
+        self, domains: dict[str, list[Sample]], targets: dict[str, list[Sample]], evaluation: dict[str, list[Sample]]
+    ) -> list[tuple[Sample, Reject]]:
+        samples = [s for group in domains.values() for s in group]
         guarded = {
             **{f"targets.{k}": v for k, v in targets.items()},
             **{f"evaluation.{k}": v for k, v in evaluation.items()},
@@ -172,38 +195,36 @@ class Workflow:
         # an evaluation item that is also a target stays: what to drop would be the user's choice of sets
         found = {(leak.pool_domain, leak.pool_id): leak for leak in leaks}
         return [
-            Reject(
-                s.origin.path, s.origin.row, s.origin.line, s.id, "leak", f"also in {found[s.domain, s.id].set_name}"
-            )
+            (s, _reject(s, "leak", f"also in {found[s.domain, s.id].set_name}"))
             for s in samples
             if (s.domain, s.id) in found
         ]
 
-    def _count(self, *kept: dict[str, list[Sample]], rejects: list[Reject], sets: dict[str, Any]) -> dict[str, Any]:
-        reasons: dict[str, int] = {}
-        for reject in rejects:
-            reasons[reject.reason] = reasons.get(reject.reason, 0) + 1
-        by_file: dict[str, int] = {}
-        for reject in rejects:
-            by_file[str(reject.path)] = by_file.get(str(reject.path), 0) + 1
-        sections = zip(("domains", "targets", "evaluation"), kept, strict=True)
+    def _count(
+        self, sets: Mapping[str, list[Sample]], rejects: Mapping[str, list[Reject]], read: Mapping[str, int]
+    ) -> dict[str, Any]:
+        kept = self._by_section(sets)
+        books = {
+            key: {"read": read[key], "accepted": len(group), "rejected": len(rejects[key])}
+            for key, group in sets.items()
+        }
+        reasons = Counter(reject.reason for bad in rejects.values() for reject in bad)
         return {
-            **{section: {name: len(group) for name, group in groups.items()} for section, groups in sections},
-            "rejected": len(rejects),
+            **{section: {name: len(group) for name, group in groups.items()} for section, groups in kept.items()},
+            "rejected": reasons.total(),
             "rejected_by_reason": dict(sorted(reasons.items())),
-            "rejected_by_file": by_file,
-            "sets": sets,
+            "sets": self._by_section(books),
             "duplicates": leakage.count_duplicates(
-                [s for group in kept[0].values() for s in group], image_distance=self.recipe.leakage.image_distance
+                [s for group in kept["domains"].values() for s in group],
+                image_distance=self.recipe.leakage.image_distance,
             ),
         }
 
     def _refuse_over_budget(self, counts: dict[str, Any]) -> None:
         allowed = self.recipe.max_rejected_fraction
-        for section in ("domains", "targets", "evaluation"):
+        for section in accounts.SECTIONS:
             for name, source in getattr(self.recipe, section).items():
-                kept, files = counts[section][name], locate_or_missing(source.path).files
-                bad = sum(counts["rejected_by_file"].get(str(file), 0) for file in files)
+                kept, bad = counts[section][name], counts["sets"][section][name]["rejected"]
                 if kept == 0:
                     raise DataError(
                         f"{section}.{name} ({source.path}) has no usable sample; see {self.run.path('rejected.jsonl')}"
@@ -792,31 +813,17 @@ class Workflow:
         return status
 
 
-def _without(groups: Mapping[str, Sequence[Sample]], rejected_at: Sequence[Sequence[Any]]) -> dict[str, list[Sample]]:
-    """The samples of each set that no reject stands at the place of."""
-    bad = {(path, row) for path, row in rejected_at}
-    return {n: [s for s in group if (str(s.origin.path), s.origin.row) not in bad] for n, group in groups.items()}
-
-
-def _account(
-    sets: Mapping[str, Mapping[str, Sequence[Sample]]],
-    unread: Mapping[str, Mapping[str, Sequence[Reject]]],
-    found: Sequence[Reject],
-    kept: Mapping[str, Mapping[str, Sequence[Sample]]],
-) -> dict[str, dict[str, dict[str, int]]]:
-    """How many records of each set were read, accepted and rejected; `found` are rejects among the samples read."""
-    places = {(reject.path, reject.row) for reject in found}
+def _without(sets: Mapping[str, list[Sample]], rejected_at: Mapping[str, list[list[Any]]]) -> dict[str, list[Sample]]:
+    """The samples of every set that do not stand at the rejected rows of the set's files."""
+    bad = {key: {(path, row) for path, row in places} for key, places in rejected_at.items()}
     return {
-        section: {
-            name: {
-                "read": len(group) + len(unread[section][name]),
-                "accepted": len(kept[section][name]),
-                "rejected": len(unread[section][name]) + sum((s.origin.path, s.origin.row) in places for s in group),
-            }
-            for name, group in groups.items()
-        }
-        for section, groups in sets.items()
+        key: [s for s in group if (str(s.origin.path), s.origin.row) not in bad[key]] for key, group in sets.items()
     }
+
+
+def _reject(sample: Sample, reason: str, detail: str) -> Reject:
+    origin = sample.origin
+    return Reject(origin.path, origin.row, origin.line, sample.id, reason, detail)
 
 
 def _as_data(result: Evaluation) -> dict[str, Any]:
