@@ -20,6 +20,41 @@ BROWSER = next(
 MISSING = "no Chromium on this machine; `apt-get install chromium` brings one"
 PATIENCE = 60.0  # seconds for one answer: a slow machine under load, not a measure of anything
 
+# what tests of pages measure, as expressions for `run`
+LEAST_CONTRAST = """(() => {
+  const parse = c => c.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = parse(getComputedStyle(e).backgroundColor);
+      if (c.length < 4 || c[3] > 0.999) return c;
+      if (c[3] > 0) throw new Error("a background that is half transparent");
+    }
+    return [255, 255, 255];
+  };
+  let least = [99, ""], seen = 0;
+  for (const e of document.body.querySelectorAll("*")) {
+    const words = [...e.childNodes].filter(n => n.nodeType === 3 && n.data.trim());
+    if (!words.length || ["SCRIPT", "STYLE", "TITLE"].includes(e.tagName) || !e.checkVisibility()) continue;
+    const style = getComputedStyle(e);
+    const ink = parse(e.closest("svg") ? style.fill : style.color);
+    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    seen += 1;
+    if (ratio < least[0]) least = [ratio, `${e.tagName} ${e.className?.baseVal ?? e.className}: ${words[0].data}`];
+  }
+  return [...least, seen];
+})()"""
+SMALLEST_LETTERS = """Math.min(...[...document.querySelectorAll("svg text")].filter(t => t.checkVisibility())
+  .map(t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a))"""
+FOCUSED = """(() => { const e = document.activeElement, s = getComputedStyle(e);
+  return [e.tagName + "#" + [...document.querySelectorAll("*")].indexOf(e), s.outlineStyle, parseFloat(s.outlineWidth)];
+})()"""
+FOCUSABLE = """[...document.querySelectorAll("a, button, summary, [tabindex]")].filter(e => e.checkVisibility())
+  .map(e => e.tagName + "#" + [...document.querySelectorAll("*")].indexOf(e))"""
+
 
 class Chromium:
     """A browser with one open page. Use it as a context manager."""

@@ -12,7 +12,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from chromium import BROWSER, MISSING, Chromium
+from chromium import (
+    BROWSER,
+    FOCUSABLE,
+    FOCUSED,
+    LEAST_CONTRAST,
+    MISSING,
+    SMALLEST_LETTERS,
+    Chromium,
+)
 from datalloy.errors import RunError
 from datalloy.report import charts, gallery, markup, write_report
 from datalloy.report.facts import RunFacts
@@ -317,40 +325,6 @@ def test_the_corners_of_the_triangle_are_the_domains():
 
 SCREENS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 OPEN_ALL = "document.querySelectorAll('details').forEach(d => { d.open = true; })"
-LEAST_CONTRAST = """(() => {
-  const parse = c => c.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = e => {
-    for (; e; e = e.parentElement) {
-      const c = parse(getComputedStyle(e).backgroundColor);
-      if (c.length < 4 || c[3] > 0.999) return c;
-      if (c[3] > 0) throw new Error("a background that is half transparent");
-    }
-    return [255, 255, 255];
-  };
-  let least = [99, ""], seen = 0;
-  for (const e of document.body.querySelectorAll("*")) {
-    const words = [...e.childNodes].filter(n => n.nodeType === 3 && n.data.trim());
-    if (!words.length || ["SCRIPT", "STYLE", "TITLE"].includes(e.tagName) || !e.checkVisibility()) continue;
-    const style = getComputedStyle(e);
-    const ink = parse(e.closest("svg") ? style.fill : style.color);
-    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    seen += 1;
-    if (ratio < least[0]) least = [ratio, `${e.tagName} ${e.className?.baseVal ?? e.className}: ${words[0].data}`];
-  }
-  return [...least, seen];
-})()"""
-SMALLEST_LETTERS = """Math.min(...[...document.querySelectorAll("svg text")].filter(t => t.checkVisibility())
-  .map(t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a))"""
-FOCUSED = """(() => { const e = document.activeElement, s = getComputedStyle(e);
-  return [e.tagName + "#" + [...document.querySelectorAll("*")].indexOf(e), s.outlineStyle, parseFloat(s.outlineWidth)];
-})()"""
-FOCUSABLE = """[...document.querySelectorAll("a, button, summary, [tabindex]")].filter(e => e.checkVisibility())
-  .map(e => e.tagName + "#" + [...document.querySelectorAll("*")].indexOf(e))"""
-
 needs_browser = pytest.mark.skipif(BROWSER is None, reason=MISSING)
 
 

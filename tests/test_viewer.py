@@ -212,6 +212,17 @@ def test_a_damaged_file_of_texts_is_made_anew(view, folder):
     assert again.texts.progress.is_complete
 
 
+def test_texts_of_another_version_are_read_again(view, folder, monkeypatch):
+    monkeypatch.setattr(texts, "SCHEMA_VERSION", texts.SCHEMA_VERSION + 1)
+    assert not View(folder).texts._is_made()
+
+
+def test_texts_that_are_damaged_while_they_are_shown_are_said_to_be(view, client):
+    view.texts.path.write_bytes(b"not a database at all" * 100)
+    refused = client.get("/api/rows")
+    assert (refused.status_code, "delete it and view the run again" in refused.json()["detail"]) == (409, True)
+
+
 @pytest.mark.parametrize("harm", ["changed", "absent"])
 def test_data_that_changed_since_the_run_are_not_shown_but_the_scores_are(harm, tmp_path):
     view = View(draw_run(tmp_path / "data", tmp_path / "run", 6))

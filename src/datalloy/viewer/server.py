@@ -13,6 +13,7 @@ import io
 import logging
 import secrets
 import socket
+import sqlite3
 import webbrowser
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -183,6 +184,11 @@ def build_app(view: View, token: str) -> fastapi.FastAPI:
     @app.exception_handler(DatalloyError)
     async def refuse(_: Request, error: DatalloyError) -> Response:
         return fastapi.responses.JSONResponse({"detail": str(error)}, status_code=409)
+
+    @app.exception_handler(sqlite3.Error)
+    async def damaged(_: Request, error: sqlite3.Error) -> Response:
+        detail = f"{view.texts.path} cannot be read: {error}; delete it and view the run again"
+        return fastapi.responses.JSONResponse({"detail": detail}, status_code=409)
 
     @app.get("/")
     def index() -> Response:

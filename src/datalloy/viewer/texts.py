@@ -34,6 +34,7 @@ from datalloy.viewer.table import RunTable
 log = logging.getLogger(__name__)
 
 FILE = "viewer/texts.sqlite"
+SCHEMA_VERSION = 2
 BATCH = 512
 IMAGE_KINDS: dict[str, type] = {kind.__name__: kind for kind in (FileImage, ParquetImage, ArrowImage, TarImage)}
 
@@ -54,7 +55,7 @@ class Texts:
     def __init__(self, table: RunTable, recipe: Recipe, parts: dict[str, Any], fingerprint: str) -> None:
         self.table, self.recipe, self.parts = table, recipe, parts
         self.path = table.folder / FILE
-        self._made_for = json.dumps([fingerprint, len(table)])
+        self._made_for = json.dumps([SCHEMA_VERSION, fingerprint, len(table)])
         self.progress = Progress(0, len(table))
 
     def start(self) -> threading.Thread:
