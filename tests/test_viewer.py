@@ -401,6 +401,12 @@ def test_samples_of_one_run_alone_are_counted(folder, tmp_path):
     assert (table.agreement()["only_here"], table.agreement()["only_there"]) == (0, 10)
 
 
+def test_runs_of_different_data_under_the_same_ids_are_said_to_be(folder, other, tmp_path):
+    assert View(folder, other).about()["other_data"] == []
+    longer = draw_run(tmp_path / "more", tmp_path / "longer", ROWS + 9)
+    assert View(folder, longer).about()["other_data"] == ["chart", "table"]
+
+
 def test_what_was_decided_differently_can_be_filtered(folder, other):
     view = View(folder, other)
     mine, theirs = read_selection(folder).kept, read_selection(other).kept

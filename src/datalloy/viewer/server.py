@@ -72,6 +72,7 @@ class View:
         self.fingerprint: str = provenance["fingerprint"]
         self.recipe: Recipe = load_recipe(folder)
         self.table = RunTable(folder, RunTable(other) if other else None)
+        self.other_data = _differing(provenance, read_provenance(other / "provenance.json")) if other else []
         self.overrides = Overrides(folder, self.fingerprint)
         self.table.overrule(self.overrides.read())
         self.texts = Texts(self.table, self.recipe, provenance["parts"], self.fingerprint)
@@ -83,6 +84,7 @@ class View:
             "name": self.recipe.name,
             "folder": str(table.folder),
             "other": str(table.other.folder) if table.other else None,
+            "other_data": self.other_data,
             "rows": len(table),
             "kept": int(table.kept_N.sum()),
             "selected": int(table.selected_N.sum()),
@@ -133,6 +135,13 @@ class View:
         folder = self.table.folder / EDITED / digest([[s.domain, s.id] for s in samples])[:8]
         files = export_rows(samples, folder, sources=self.recipe.domains)
         return {"folder": str(folder), "rows": len(samples), "files": [path.name for path in files]}
+
+
+def _differing(provenance: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of the domains that both runs have, read from files of different content."""
+    mine, theirs = (run["parts"]["inputs"] for run in (provenance, other))
+    both = sorted(key for key in mine.keys() & theirs.keys() if key.startswith("domains."))
+    return [key.removeprefix("domains.") for key in both if mine[key] != theirs[key]]
 
 
 def _cut(text: str) -> str:

@@ -354,7 +354,11 @@ async function showAgreement() {
   const found = await get("agreement");
   const by = found.kept_by;
   const rank = found.spearman === null ? "not defined" : found.spearman.toFixed(2);
-  $("agreement").replaceChildren(element("dl", {}, ...[
+  const differing = state.about.other_data;
+  const warning = differing.length
+    ? element("p", { class: "note" }, `Samples are matched by domain and id, but the data files of ${differing.join(", ")} differ between the runs.`)
+    : "";
+  $("agreement").replaceChildren(warning, element("dl", {}, ...[
     ["Spearman of utilities", rank], ["in both runs", count(found.both)], ["only here", count(found.only_here)],
     ["only there", count(found.only_there)], ["kept by both", count(by.both)], ["kept only here", count(by.here)],
     ["kept only there", count(by.there)], ["kept by neither", count(by.neither)],
