@@ -139,7 +139,7 @@ def _write_selection(run: Run, domains: Sequence[str], rows: int, *, signed: boo
         run.commit(f"scores/{method}/{number:05d}", [], {"seconds": 2.0})
     outcome = _bakeoff(run) if bakeoff else None
     arm = outcome["winner"] if outcome else {"scorer": "low_loss", "fraction": 0.5, "within": "domain"}
-    ranked = table.with_utility(-table.loss, {"method": "low_loss", "signed": False})
+    ranked = table.with_utility(-table.loss, table.state, {"method": "low_loss", "signed": False})
     chosen = select(ranked, Select(within=arm["within"]), fraction=arm["fraction"])
     chosen.with_metadata({**chosen.metadata, "arm": arm, "bakeoff": outcome}).write(run.path("selection.parquet"))
 
