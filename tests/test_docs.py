@@ -1,7 +1,7 @@
 """The documentation against the code: commands parse, recipes load, names exist, links lead somewhere."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -147,8 +147,7 @@ def test_python_compiles_and_every_name_of_ours_exists(block):
         if isinstance(node, ast.Import):
             ours |= {a.asname or a.name: importlib.import_module(a.name) for a in node.names if _is_ours(a.name)}
         elif isinstance(node, ast.ImportFrom) and _is_ours(node.module or ""):
-            module = importlib.import_module(str(node.module))
-            ours |= {a.asname or a.name: getattr(module, a.name) for a in node.names}
+            ours |= {a.asname or a.name: _imported(str(node.module), a.name) for a in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
             assert hasattr(ours[node.value.id], node.attr), f"{block}: {node.value.id} has no {node.attr}"
@@ -161,6 +160,13 @@ def test_python_compiles_and_every_name_of_ours_exists(block):
 
 def _is_ours(module: str) -> bool:
     return module.split(".")[0] == "datalloy"
+
+
+def _imported(module: str, name: str) -> Any:
+    """What `from module import name` gives: a name of the module, or a module inside it."""
+    if importlib.util.find_spec(module).submodule_search_locations and importlib.util.find_spec(f"{module}.{name}"):
+        return importlib.import_module(f"{module}.{name}")
+    return getattr(importlib.import_module(module), name)
 
 
 def _called(function: ast.expr, ours: dict[str, Any]) -> Any:
