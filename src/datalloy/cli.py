@@ -100,9 +100,28 @@ def evaluate(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, 
 
 
 @app.command()
-def export(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None, dry_run: DryRun = False) -> None:
-    """Write the kept rows, byte for byte in their own format, for any other trainer."""
-    _run_verb("export", recipe, sets, run, dry_run)
+def export(
+    recipe: RecipePath,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="rows, llama-factory, ms-swift, trl, axolotl, energon, webdataset or ids. Repeatable.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="exact: rows repeated as trained on. native: the trainer's own shares, counts may drift."),
+    ] = None,
+    sets: Overrides = None,
+    run: RunFolder = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write what is trained on: byte for byte in its own format, or as a folder that another trainer starts from."""
+    chosen = [f"export.formats=[{', '.join(to)}]"] if to else []
+    chosen += [f"export.weights={weights}"] if weights else []
+    _run_verb("export", recipe, [*(sets or ()), *chosen], run, dry_run)
 
 
 @app.command(name="run")
@@ -297,10 +316,10 @@ def _stage(verb: str, workflow: "Workflow") -> Path:
         "export": (workflow.export, "export"),
         "run": (workflow.run_all, "report.html"),
     }[verb]
-    work()
+    made = work()
     if verb == "run":
         write_report(workflow.run.folder)
-    return workflow.run.path(artefact)
+    return made if isinstance(made, Path) else workflow.run.path(artefact)
 
 
 def _dry_run(recipe: "Recipe") -> None:

@@ -44,6 +44,7 @@ Format = Literal[
     "webdataset",
     "llama_factory",
 ]
+ExportFormat = Literal["rows", "llama-factory", "ms-swift", "trl", "axolotl", "energon", "webdataset", "ids"]
 Metric = Literal["exact_match", "relaxed_accuracy", "option_letter", "anls", "answer_probability", "loss"]
 ScorerName = Literal[
     "exact",
@@ -313,6 +314,20 @@ class Deita(Section):
         return self
 
 
+class Export(Section):
+    """For which trainers `export` writes, and how it tells them the shares. Changes no result of any other stage."""
+
+    formats: Annotated[tuple[ExportFormat, ...], Listed, Field(min_length=1)] = Field(
+        ("rows",),
+        description="rows: the user's own, byte for byte. Others: a folder that the trainer is launched from.",
+    )
+    weights: Literal["exact", "native"] = Field(
+        "exact",
+        description="exact: every row as often as it is trained on. native: every row once, shares in the trainer's "
+        "own syntax, whose counts may drift.",
+    )
+
+
 class Leakage(Section):
     """What happens when a target or evaluation item is also in the pool."""
 
@@ -342,6 +357,7 @@ class Recipe(Section):
     )
     evaluate: Evaluate = Evaluate()
     deita: Deita = Deita()
+    export: Export = Export()
     leakage: Leakage = Leakage()
     max_rejected_fraction: Share = Field(0.01, description="A file of which more is rejected stops the run.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -46,6 +46,7 @@ NOT_IN_FINGERPRINT = (
     "max_rejected_fraction",  # whether a run goes on or is refused, not what it computes
     "score.batch_size",
     "evaluate.batch_size",
+    "export",  # the same rows for other trainers
     "train.micro_batch_size",
     "train.report_to",
 )

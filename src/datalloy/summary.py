@@ -9,6 +9,8 @@ import numpy as np
 
 from datalloy.uncertainty import correlation_in_words
 
+LISTED_FILES = 12
+
 
 def summarise(verb: str, folder: Path) -> Iterator[str]:
     """Lines about what `verb` left in the folder, and only that."""
@@ -157,8 +159,11 @@ def _evaluate(folder: Path) -> Iterator[str]:
 
 
 def _export(folder: Path) -> Iterator[str]:
-    record = json.loads((folder / "units" / "export.json").read_text())
-    yield f"{record['data']['samples']} samples in {', '.join(sorted(record['files']))}"
+    for path in sorted((folder / "units").glob("export*.json")):
+        record = json.loads(path.read_text())
+        files = sorted(record["files"])
+        more = f" and {len(files) - LISTED_FILES} more" if len(files) > LISTED_FILES else ""
+        yield f"{path.stem}: {record['data']['samples']} samples in {', '.join(files[:LISTED_FILES])}{more}"
 
 
 def _run(folder: Path) -> Iterator[str]:

@@ -31,7 +31,7 @@ from datalloy.attempts import Attempt
 from datalloy.encoding import EncodedSamples
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
 from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
-from datalloy.exporters import export_rows
+from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain, export_rows
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
 from datalloy.progress import track
@@ -42,6 +42,7 @@ from datalloy.scores import Scores
 from datalloy.search import Found
 from datalloy.selection import Selection, select
 from datalloy.target_items import TargetItems
+from datalloy.tiny.model import WEIGHTS
 from datalloy.training import train, training_flops
 from datalloy.vlm import VLM, EncodeError
 
@@ -750,16 +751,47 @@ class Workflow:
     # --- export: kept ids in, training files out ---------------------------------------------------------------
 
     def export(self) -> Path:
-        """Write the rows to train on byte for byte in their own format to `export/`, one file a domain.
+        """Write what is trained on for each of `export.formats`; the folder of the last.
 
-        With a mixture, each row as often as the final training sees it: its counts, not only its shares.
+        `rows` goes to `export/`: the rows byte for byte in their own format, one file a domain. Any other goes to
+        `export-FORMAT/`, with the trainer's own configuration. With a mixture, each row stands there as often as the
+        final training sees it: its counts, not only its shares. Native shares go to `export-FORMAT-native/`.
         """
-        folder = self.run.path("export")
-        if self.run.finished("export") is None:
-            kept = self.mixing.training_set() if self.recipe.mixture else self._used_samples()
-            files = export_rows(kept, folder, sources=self.recipe.domains)
-            self.run.commit("export", files, {"samples": len(kept)})
+        return [self._export(name) for name in self.recipe.export.formats][-1]
+
+    def _export(self, name: str) -> Path:
+        native = self.recipe.export.weights == "native" and name != "rows"
+        unit = "export" if name == "rows" else f"export-{name}{'-native' if native else ''}"
+        folder = self.run.path(unit)
+        if self.run.finished(unit) is not None:
+            return folder
+        if name == "rows":
+            files = export_rows(self._training_set, folder, sources=self.recipe.domains)
+        else:
+            files = EXPORTERS[name](self._handover(native), folder)
+        self.run.commit(unit, files, {"samples": len(self._training_set)})
         return folder
+
+    @cached_property
+    def _training_set(self) -> Sequence[Sample]:
+        """What is trained on, in the mixture's counts where there is one; else what was kept, each once."""
+        return self.mixing.training_set() if self.recipe.mixture else self._used_samples()
+
+    def _handover(self, native: bool) -> Handover:
+        if self.recipe.mixture:
+            counts = {share["domain"]: share["count"] for share in self.mixing.shares()}
+            parts = [(part.name, part.samples, counts[part.name]) for part in self.mixing.parts]
+        else:
+            parts = [(name, rows, len(rows)) for name, rows in by_domain(self._training_set).items()]
+        return Handover(
+            name=self.recipe.name,
+            base=str(WEIGHTS) if self.recipe.base == "tiny" else self.recipe.base,
+            train=self.recipe.train,
+            steps=self._final_steps,
+            samples=self._training_set,
+            portions=[Portion(name, rows, count) for name, rows, count in parts if count],
+            native=native,
+        )
 
     # --- compare: other selections trained and measured at equal compute ---------------------------------------
 
