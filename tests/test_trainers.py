@@ -13,6 +13,7 @@ import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import PIL.Image
 import pyarrow.parquet
@@ -22,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reader_contract
-from datalloy.config import DataSource, Train
+from datalloy import cli
+from datalloy.config import DataSource, ExportFormat, Train
 from datalloy.errors import DataError, RecipeError
 from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain
 from datalloy.exporters.handover import batch_split, unique_ids
@@ -30,6 +32,8 @@ from datalloy.exporters.writing import text_with_placeholders
 from datalloy.readers import read_all
 from datalloy.readers.conversation import split_placeholders
 from datalloy.sample import FileImage, Origin, Sample, Turn
+from datalloy.selection import Selection
+from datalloy.tiny.pools import PoolPlan, write_pool
 from reader_contract import ALL, LAYOUTS, Conversation, samples_of
 
 SYSTEM = Conversation(("<image>\n\nSee?\n<image>", "\n yes"), ("circle.png", "square.png"))
@@ -374,3 +378,57 @@ def test_webdataset_reads_what_was_trained_on(tmp_path):
         record = json.loads(row["json"])
         assert [turn["role"] for turn in record["messages"]] == [turn.role for turn in sample.turns]
         assert [row[name] for name in record["images"]] == [image.read() for image in sample.images]
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run that has come as far as an export needs: random half of a drawn pool, nothing trained."""
+    folder = tmp_path_factory.mktemp("chain")
+    plan = PoolPlan(samples={"chart": 12, "counting": 12}, targets=("chart",), target_items=8, holdout_items=0)
+    write_pool(folder / "data", plan, seed=1)
+    (folder / "recipe.yaml").write_text(
+        "name: small\nbase: tiny\n"
+        "domains: {chart: {path: data/chart.jsonl}, counting: {path: data/counting.jsonl}}\n"
+        "targets: {chart: {path: data/chart.target.jsonl}}\n"
+        "score: {method: random, warmup_fraction: 0}\nselect: {keep_fraction: 0.5, drop_toxic: false}\n"
+        "train: {batch_size: 4, samples: 48}\n"
+    )
+    return folder
+
+
+def test_one_run_is_exported_for_every_trainer(run_folder, capsys):
+    recipe, run = run_folder / "recipe.yaml", run_folder / "run"
+    assert cli.answer(["export", str(recipe), "--run", str(run)]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (run / "units").glob("*.json")}
+    arguments = [word for name in EXPORTERS for word in ("--to", name)]
+    assert cli.answer(["export", str(recipe), "--run", str(run), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "export-ids")
+    kept = Selection.read(run / "selection.parquet").kept_keys()
+    ids = pyarrow.parquet.read_table(run / "export-ids/ids.parquet")
+    assert sorted(zip(ids["domain"].to_pylist(), ids["id"].to_pylist(), strict=True)) == sorted(zip(*kept, strict=True))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for name in CONVERSATIONS:
+        again = [s for one in sources_in(name, run / f"export-{name}", run_folder) for s in read_samples(one)]
+        assert len(again) == len(ids)
+
+
+def test_native_shares_have_a_folder_of_their_own(run_folder):
+    recipe, run = run_folder / "recipe.yaml", run_folder / "run"
+    command = ["export", str(recipe), "--run", str(run), "--to", "trl", "--weights", "native"]
+    assert cli.answer(command) == 0
+    fractions = [
+        one["fraction"] for one in yaml.safe_load((run / "export-trl-native/sft.yaml").read_text())["datasets"]
+    ]
+    assert sum(fractions) == pytest.approx(1)
+
+
+def test_an_unknown_trainer_is_refused_with_those_there_are(run_folder, capsys):
+    assert cli.answer(["export", str(run_folder / "recipe.yaml"), "--to", "keras"]) == 2
+    assert "one of rows, llama-factory, ms-swift, trl" in capsys.readouterr().err
+
+
+def test_the_formats_of_a_recipe_are_the_exporters():
+    assert set(get_args(ExportFormat)) == {"rows", *EXPORTERS}
