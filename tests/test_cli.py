@@ -128,6 +128,29 @@ def test_report_refuses_a_run_that_is_not_finished_and_makes_none(recipe, capsys
     assert not Path("out").exists()
 
 
+def test_report_of_run_folders_is_one_page_each_or_one_of_all(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datalloy.report.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("datalloy.report.write_comparison", lambda folders, out: f"{len(folders)} in {out}")
+    for name in ("a", "b"):
+        Path(name).mkdir()
+    assert cli.answer(["report", "a"]) == 0
+    assert cli.answer(["report", "a", "b"]) == 0
+    assert cli.answer(["report", "a", "b", "--out", "both.html"]) == 0
+    assert capsys.readouterr().out == "a/report.html\n2 in comparison.html\n2 in both.html\n"
+
+
+def test_report_of_a_run_folder_takes_no_settings(recipe, capsys):
+    Path("a").mkdir()
+    assert cli.answer(["report", "a", "--set", "train.rank=4"]) == 2
+    assert "--set and --run belong to a recipe" in capsys.readouterr().err
+
+
+def test_report_refuses_a_folder_that_is_no_run(recipe, capsys):
+    Path("a").mkdir()
+    assert cli.answer(["report", "a", recipe]) == 3
+    assert "a holds no finished run; `datalloy run RECIPE --run a` makes one" in capsys.readouterr().err
+
+
 def test_init_writes_a_recipe_that_loads(recipe, capsys):
     assert cli.answer(["init", "new/folder/mine.yaml"]) == 0
     assert capsys.readouterr().out == "new/folder/mine.yaml\n"

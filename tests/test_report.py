@@ -21,8 +21,9 @@ from chromium import (
     SMALLEST_LETTERS,
     Chromium,
 )
+from datalloy.config import load_recipe
 from datalloy.errors import RunError
-from datalloy.report import charts, gallery, markup, write_report
+from datalloy.report import charts, comparison, gallery, markup, write_comparison, write_report
 from datalloy.report.facts import RunFacts
 from datalloy.report.opening import claims, next_steps, recommendation
 from datalloy.sample import FileImage
@@ -409,3 +410,71 @@ def test_without_its_script_the_page_says_the_same(folders, browser):
     said = " ".join(str(node.get("name", {}).get("value", "")) for node in tree)
     assert recommendation(RunFacts(folders["three"])) in said
     assert "Copy" not in said.split()
+
+
+# --- several runs
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory):
+    """Two runs on the same data, the second with a worse model, and one on other items."""
+    root = tmp_path_factory.mktemp("several")
+    first, second = (finish_run(root, gain=gain, name=name) for gain, name in ((0.05, "first"), (-0.1, "second")))
+    (root / "elsewhere").mkdir()
+    return first, second, finish_run(root / "elsewhere", rows=20, mixture=False)
+
+
+def test_runs_on_the_same_items_are_held_against_each_other(side_by_side, tmp_path):
+    first, second, _ = side_by_side
+    write_comparison([second, first], tmp_path / "report.html")
+    text = Page(tmp_path).text
+    assert re.search(
+        r"first did best: 0\.\d+ exact match on 12 items, \+0\.1[45]\d \[.*\] against second; .* is shown", text
+    )
+    assert "first over second" in text
+    assert "Nothing differs: recipe, inputs, versions." in text
+    assert "rank agreement of utilities" in text
+
+
+def test_runs_on_other_items_are_not_held_against_each_other(side_by_side, tmp_path):
+    first, _, elsewhere = side_by_side
+    write_comparison([first, elsewhere], tmp_path / "report.html")
+    page = Page(tmp_path)
+    assert "measured on different items" not in page.text  # the held-out file is the same to the byte
+    (elsewhere / "provenance.json").write_text(
+        (elsewhere / "provenance.json").read_text().replace('"evaluation.holdout": "', '"evaluation.holdout": "0')
+    )
+    write_comparison([first, elsewhere], tmp_path / "report.html")
+    text = Page(tmp_path).text
+    assert "These runs were measured on different items, so their marks cannot be held against each other." in text
+    assert " over several/first" not in text
+    assert "inputs.domains.chart" in text
+
+
+def test_runs_are_called_by_what_tells_them_apart(side_by_side):
+    def named(*folders):
+        return [run.name for run in comparison.name_runs([RunFacts(folder) for folder in folders])]
+
+    first, second, elsewhere = side_by_side
+    assert named(first, second) == ["first", "second"]
+    assert named(elsewhere, first) == ["run", "first"]
+    with pytest.raises(RunError, match="a run is given twice"):
+        named(first, first)
+
+
+def test_a_loss_that_falls_is_a_gain(tmp_path):
+    folder = finish_run(tmp_path)
+    facts = RunFacts(folder)
+    facts.recipe = load_recipe(folder / "config.yaml", ("evaluation.holdout.metric=loss",))
+    assert facts.gain("base").mean == pytest.approx(-RunFacts(folder).gain("base").mean)
+    assert facts.marks("model").mean() == pytest.approx(-RunFacts(folder).headline("model").mean)
+
+
+@needs_browser
+def test_the_page_of_several_runs_fits_a_phone_and_asks_for_nothing(side_by_side, tmp_path, browser):
+    page = write_comparison(side_by_side, tmp_path / "comparison.html")
+    for width, scheme in SCREENS:
+        browser.open(page.as_uri(), width=width, scheme=scheme)
+        assert (browser.complaints, browser.requests) == ([], [page.as_uri()])
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run(LEAST_CONTRAST)[0] >= 4.5

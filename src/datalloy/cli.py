@@ -51,6 +51,7 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe, counts and a cost estimate, and stop.")
 ]
 
+COMPARISON = Path("comparison.html")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 20.0  # from the first signal to the end, whatever is under way; schedulers kill after 30
 EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_SIGNAL = 2, 4, 128
@@ -131,8 +132,34 @@ def run_command(recipe: RecipePath, sets: Overrides = None, run: RunFolder = Non
 
 
 @app.command()
-def report(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None) -> None:
-    """Write the page about a finished run again."""
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of finished runs; or one recipe, whose run folder is then named by --run.",
+            show_default=False,
+        ),
+    ],
+    sets: Overrides = None,
+    run: RunFolder = None,
+    out: Annotated[Path, typer.Option(help="Where the page about several runs goes.")] = COMPARISON,
+) -> None:
+    """Write the page about a finished run again, or one page that sets several runs side by side.
+
+    `datalloy report runs/a`; `datalloy report runs/a runs/b --out both.html`; `datalloy report my.yaml --run runs/a`.
+    """
+    from datalloy.report import write_comparison, write_report
+
+    if len(paths) == 1 and not paths[0].is_dir():
+        print(_report_of_recipe(paths[0], sets, run))
+    elif sets or run:
+        raise RecipeError("--set and --run belong to a recipe; the folder of a run knows its own")
+    else:
+        print(write_report(paths[0]) if len(paths) == 1 else write_comparison(paths, out))
+
+
+def _report_of_recipe(recipe: Path, sets: Sequence[str] | None, run: Path | None) -> Path:
     from datalloy.config import load_recipe
     from datalloy.report import write_report
     from datalloy.run import Run
@@ -141,7 +168,7 @@ def report(recipe: RecipePath, sets: Overrides = None, run: RunFolder = None) ->
     if not opened.path("status.json").exists():
         raise RunError(f"{opened.folder} holds no finished run; `datalloy run {recipe}` makes one, report included")
     with opened:
-        print(write_report(opened.folder))
+        return write_report(opened.folder)
 
 
 @app.command()

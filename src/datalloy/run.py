@@ -106,17 +106,18 @@ def _model_hash(model: str) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any], under: str = "") -> list[str]:
     """The leaves in which two nested dicts differ, one readable line each; all stand `under` a key."""
-    before, now = dict(_leaves(old, under)), dict(_leaves(new, under))
+    before, now = dict(leaves(old, under)), dict(leaves(new, under))
     changes = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted(before.keys() | now.keys())}
     return [f"  {key}: {was} before, {is_now} now" for key, (was, is_now) in changes.items() if was != is_now]
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dicts."""
     if not isinstance(value, dict):
         yield key, value
         return
     for name, inner in value.items():
-        yield from _leaves(inner, f"{key}.{name}" if key else name)
+        yield from leaves(inner, f"{key}.{name}" if key else name)
 
 
 def take_lock(folder: Path) -> int:

@@ -4,10 +4,23 @@ The pages open offline, can be mailed, and make no request; without their script
 are SVG drawn by hand, a few kilobytes each, instead of a plotting library's four megabytes (docs/decisions.md).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from datalloy.report import evidence, gallery, keeping, opening, outcome, provenance, refused, shares, utilities
+from datalloy.report import (
+    comparison,
+    evidence,
+    gallery,
+    keeping,
+    opening,
+    outcome,
+    provenance,
+    refused,
+    shares,
+    utilities,
+)
 from datalloy.report.facts import RunFacts
+from datalloy.report.markup import text
 from datalloy.report.page import Section, render
 from datalloy.run import write_atomically
 
@@ -22,6 +35,20 @@ def write_report(folder: Path) -> Path:
         sections=_sections(facts),
     )
     path = folder / "report.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def write_comparison(folders: Sequence[Path], path: Path) -> Path:
+    """Write a page that sets finished runs side by side; returns its path. Raises RunError if one is not finished."""
+    runs = comparison.name_runs([RunFacts(folder) for folder in folders])
+    title = f"{len(runs)} runs side by side"
+    page = render(
+        title=title,
+        heading=title,
+        opening=f'<p class="lead">{text(comparison.lead(runs))}</p>',
+        sections=comparison.sections(runs),
+    )
     write_atomically(path, page.encode())
     return path
 

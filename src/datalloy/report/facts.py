@@ -239,6 +239,15 @@ class RunFacts:
         mean = float(((mean_G - other_G) * sign_G).mean())
         return Estimate(mean, self._interval(((drawn_RG - other_RG) * sign_G).mean(axis=1)), self.judged_items)
 
+    def marks(self, model: str) -> np.ndarray:
+        """Marks of the items of the sets, higher is better, so weighted that their mean is the mean over sets: [V]."""
+        rows = []
+        for name in self.judged_on:
+            values = np.array(self.evaluations[model][name]["values"])
+            sign = 1.0 if higher_is_better(self._metric(name)) else -1.0
+            rows.append(sign * values * self.judged_items / (len(self.judged_on) * len(values)))
+        return np.concatenate(rows)
+
     @property
     def judged_items(self) -> int:
         return sum(len(self.evaluations["model"][name]["values"]) for name in self.judged_on)

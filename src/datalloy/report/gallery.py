@@ -15,9 +15,9 @@ import numpy as np
 import PIL.Image
 
 from datalloy.report.facts import ItemFalls, Key, RunFacts
-from datalloy.report.keeping import reason_in_words
 from datalloy.report.markup import chip, number, paragraph, percent, quoted, signed, text
 from datalloy.report.page import Section
+from datalloy.report.wording import reason_in_words
 from datalloy.sample import ImageRef, Sample, open_image
 from datalloy.scores import Scores
 
@@ -56,6 +56,30 @@ def section(facts: RunFacts) -> Section:
         else "No sample is toxic, that is, harms the targets beyond its own interval; these are the extremes."
     )
     return Section("samples", "Samples to look at", takeaway, body)
+
+
+def worst(facts: RunFacts, count: int) -> str:
+    """The first of the samples that are worst, small: for a glance."""
+    scores = facts.scores
+    groups = {group.title: group for group in _groups(facts, scores)}
+    title = next(name for name in ("Left out first", "Most harmful", "Highest loss") if name in groups)
+    rows = groups[title].rows[:count]
+    samples = facts.samples([(scores.domain[row], scores.id[row]) for row in rows])
+    shown = [(row, samples.get((scores.domain[row], scores.id[row]))) for row in rows]
+    by_utility = title == "Most harmful"
+    drawn = "".join(
+        _glance(sample, f"utility {signed(scores.utility[row])}" if by_utility else f"loss {number(scores.loss[row])}")
+        for row, sample in shown
+        if sample is not None
+    )
+    why = "A step on these spoils the targets most:" if by_utility else "The model finds these answers least likely:"
+    return paragraph(why) + f'<ul class="glance">{drawn}</ul>'
+
+
+def _glance(sample: Sample, measured: str) -> str:
+    picture = _picture(sample.images[0], ITEM_THUMBNAIL, f"picture of sample {sample.id}") if sample.images else ""
+    words = f"{quoted(_question(sample), 70)} <b>{quoted(sample.answer, 40)}</b>"
+    return f'<li>{picture}<span>{words} <span class="note">{text(measured)}</span></span></li>'
 
 
 # --- which samples ---------------------------------------------------------------------------------------------------
@@ -197,12 +221,13 @@ class _Cards:
         scores, said = self._scores, []
         place = self._place_of_loss_N[row]
         if place >= 1 - EXTREME:
+            rank = "the highest" if place == 1 else f"above that of {percent(place)}"
             said.append(
-                f"The proxy finds the answer unlikely: its loss is higher than that of {percent(place)} of the domain. "
-                "Wrong answers, other pictures and garbled text look like this, and so do hard questions."
+                f"The proxy finds the answer unlikely, its loss is {rank} of the domain: a wrong answer, another "
+                "picture, garbled text, or a hard question."
             )
         elif place <= EXTREME:
-            said.append(f"The proxy knows this already: {percent(1 - place)} of the domain has a higher loss.")
+            said.append("The proxy knows this already: its loss is among the lowest of the domain.")
         by_target = {name: values[row] for name, values in scores.utility_by_target.items()}
         if scores.is_signed and len(by_target) > 1:
             helped = [name for name, value in by_target.items() if value > 0]

@@ -6,26 +6,15 @@ from typing import Any
 from datalloy.bakeoff import Arm
 from datalloy.report.charts import Dot, Strip, bars, legend, scatter, stacked, strips
 from datalloy.report.facts import RunFacts
-from datalloy.report.markup import details, gained, number, paragraph, percent, table, text
-from datalloy.report.opening import selection_in_words
+from datalloy.report.markup import details, gained, number, paragraph, table, text
 from datalloy.report.page import Section
-
-REASONS = {
-    "top_fraction": "kept",
-    "below_fraction": "ranked below the kept part",
-    "over_budget": "over the budget",
-    "toxic": "harms beyond its interval",
-}
+from datalloy.report.wording import arm_in_words, reason_in_words, selection_in_words
 
 
 def section(facts: RunFacts) -> Section:
     kept, pool = int(facts.kept_N.sum()), len(facts.kept_N)
     takeaway = f"{kept:,} of {pool:,} samples are kept: {selection_in_words(facts.arm)}."
     return Section("keeping", "What to keep", takeaway, _by_domain(facts) + _bakeoff(facts.bakeoff))
-
-
-def reason_in_words(reason: str) -> str:
-    return REASONS.get(reason, reason.replace("not_scored:", "not scored: ").replace("_", " "))
 
 
 def _by_domain(facts: RunFacts) -> str:
@@ -62,7 +51,7 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
     if outcome is None:
         return heading + paragraph("The recipe fixed the score and the fraction, so nothing was compared.")
     margins = sorted([*outcome["margins"], outcome["over_base"]], key=lambda m: m["mean"])
-    names = {Arm(**r["arm"]).name: _arm_name(r["arm"]) for r in outcome["results"]} | {"the base": "not training"}
+    names = {Arm(**r["arm"]).name: arm_in_words(r["arm"]) for r in outcome["results"]} | {"the base": "not training"}
     rows = [
         Strip(f"over {names[m['over']]}", m["mean"], m["interval"], gained(m["mean"], m["interval"])) for m in margins
     ]
@@ -72,7 +61,7 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
             "Each way to select was trained for a few steps at equal compute, in three rounds of growing length, and "
             "judged on target items by the probability of the right answer (or by the loss, negated, where that is the "
             f"target's metric). {outcome['steps_spent']:,} training steps were spent. The winner is "
-            f"<b>{text(_arm_name(outcome['winner']))}</b>; its margins:"
+            f"<b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
         )
         + strips(rows, zero=0.0)
         + _rounds(outcome)
@@ -87,7 +76,7 @@ def _rounds(outcome: dict[str, Any]) -> str:
         Dot(
             float(r["steps"]),
             r["value"],
-            f"{_arm_name(r['arm'])}\nround {r['round']}, {r['steps']} steps: {r['value']:.4f}",
+            f"{arm_in_words(r['arm'])}\nround {r['round']}, {r['steps']} steps: {r['value']:.4f}",
             "pick" if r["arm"] == winner else "other",
         )
         for r in drawn
@@ -97,10 +86,10 @@ def _rounds(outcome: dict[str, Any]) -> str:
         dots,
         x_label="training steps of the short run",
         y_label="value on target items",
-        label=f"Every short run; the winner, {_arm_name(winner)}, is joined by a line",
+        label=f"Every short run; the winner, {arm_in_words(winner)}, is joined by a line",
         joined=joined,
     )
-    rows = [[text(_arm_name(r["arm"])), str(r["round"]), str(r["steps"]), number(r["value"], 4)] for r in results]
+    rows = [[text(arm_in_words(r["arm"])), str(r["round"]), str(r["steps"]), number(r["value"], 4)] for r in results]
     return (
         f"<h3>All short runs</h3>{chart}"
         + legend([("dot pick", "the winner"), ("dot other", "other ways to select")])
@@ -109,13 +98,3 @@ def _rounds(outcome: dict[str, Any]) -> str:
             table(["selection", "round", "steps", "value"], rows, numeric=(1, 2, 3), label="all short runs"),
         )
     )
-
-
-def _arm_name(arm: dict[str, Any]) -> str:
-    if arm["scorer"] == "full" or arm["fraction"] == 1:
-        return "the full pool"
-    return f"{arm['scorer'].replace('_', ' ')}, {percent(arm['fraction'])} of {_group(arm['within'])}"
-
-
-def _group(within: str) -> str:
-    return "each domain" if within == "domain" else "the pool"

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from datalloy.progress import format_duration
+from datalloy.report import gallery
 from datalloy.report.facts import COMPARISON, RunFacts
 from datalloy.report.markup import Interval, chip, command, gained, listed, number, paragraph, percent, text
+from datalloy.report.wording import reason_in_words, selection_in_words
 
-RANKED_BY = {
-    "random": "drawn at random",
-    "low_loss": "those with the lowest loss",
-    "mid_loss": "those with a middling loss",
-    "high_loss": "those with the highest loss",
-    "length": "those with the longest answers",
-}
+GLANCES = 4  # samples on the first screen
 SHARE_SHOWN = 0.005  # smaller shares of a mixture are called none
 
 
@@ -40,11 +36,13 @@ class Claim:
 def header(facts: RunFacts) -> str:
     """Header of the page, as markup."""
     cards = [
-        ("How sure is that?", _claims(facts)),
-        ("What did it cost?", _cost(facts)),
-        ("What to run next", _next(facts)),
+        ("sure", "How sure is that?", _claims(facts)),
+        ("cost", "What did it cost?", _cost(facts)),
+        ("next", "What to run next", _next(facts)),
     ]
-    drawn = "".join(f'<div class="card"><h2>{title}</h2>{content}</div>' for title, content in cards)
+    if facts.has_selection:
+        cards.append(("bad", "Which samples are bad?", _bad(facts)))
+    drawn = "".join(f'<div class="card card-{kind}"><h2>{title}</h2>{content}</div>' for kind, title, content in cards)
     return f'<p class="lead">{text(recommendation(facts))}</p><div class="cards">{drawn}</div>'
 
 
@@ -71,15 +69,6 @@ def _kept(facts: RunFacts) -> str:
     if kept == pool:
         return f"all {pool} samples"
     return f"{kept:,} of the {pool:,} samples ({selection_in_words(facts.arm)})"
-
-
-def selection_in_words(arm: dict[str, Any]) -> str:
-    """How an arm of the bake-off selects."""
-    if arm["scorer"] == "full" or arm["fraction"] == 1:
-        return "the full pool"
-    ranked = RANKED_BY.get(arm["scorer"], f"those with the highest utility by {arm['scorer']}")
-    where = "of each domain" if arm["within"] == "domain" else "of the pool"
-    return f"{ranked}, {percent(arm['fraction'])} {where}"
 
 
 def _shares(facts: RunFacts) -> str:
@@ -172,6 +161,27 @@ def _cost(facts: RunFacts) -> str:
         if work.stage != COMPARISON
     )
     return "".join(lines) + f'<dl class="costs">{rows}</dl>'
+
+
+# --- what is bad
+
+
+def _bad(facts: RunFacts) -> str:
+    left, toxic = int((~facts.kept_N).sum()), int(facts.toxic_N.sum())
+    if not left:
+        return paragraph("None is left out: keeping every sample did best.")
+    reasons = [
+        f"{count:,} {reason_in_words(reason)}"
+        for reason, count in facts.selection.count_reasons().items()
+        if reason != "top_fraction"
+    ]
+    told = f"{left:,} are left out: {', '.join(reasons)}."
+    if facts.counts["rejected"]:
+        told += f" {facts.counts['rejected']:,} more could not be used."
+    if toxic:
+        told += f" {toxic:,} of the pool are toxic: a training step on them harms the targets beyond its interval."
+    link = '<a href="#samples">All of these, with reasons</a>'
+    return paragraph(text(told)) + gallery.worst(facts, GLANCES) + paragraph(f"{link}.", "note")
 
 
 # --- what to run next

@@ -39,12 +39,18 @@ def section(facts: RunFacts) -> Section:
         )
         + details("Every set on its own", _by_set(facts, models))
     )
-    takeaway = "All of these were trained from the same base at equal compute, where they were trained at all."
+    better = sum(strip.interval[0] > 0 for _, strip in gains)
+    worse = sum(strip.interval[1] < 0 for _, strip in gains)
+    takeaway = (
+        f"On {items} items of the {where} the advised model is shown to be better than {better} of {len(gains)} others "
+        f"and worse than {worse}; all were trained from one base at equal compute, where they were trained at all."
+    )
     return Section("outcome", "Did it help?", takeaway, body)
 
 
 def _named(model: str) -> str:
-    return "not training" if model == "base" else LABELS.get(model, model)
+    others = {"base": "not training", "uniform": "equal shares of the domains", "merge": "the merge of the experts"}
+    return others.get(model, model)
 
 
 def _by_set(facts: RunFacts, models: list[str]) -> str:
