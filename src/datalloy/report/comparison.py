@@ -51,7 +51,7 @@ def lead(runs: Sequence[Named]) -> str:
     gain = _gain(best.facts, closest.facts)
     shown = "shown" if gain.interval[0] > 0 else "not shown"
     return (
-        f"{best.name} did best: {number(best.facts.headline('model').mean)} {best.facts.metric} on {gain.items} items, "
+        f"{best.name} did best: {number(best.facts.headline().mean)} {best.facts.metric} on {gain.items} items, "
         f"{gained(gain.mean, gain.interval)} against {closest.name}; that it is better is {shown}."
     )
 
@@ -106,7 +106,7 @@ def _marks(runs: Sequence[Named]) -> Section:
     rows = [
         Strip(run.name, estimate.mean, estimate.interval, measured(estimate.mean, estimate.interval))
         for run in runs
-        for estimate in [run.facts.headline("model")]
+        for estimate in [run.facts.headline()]
     ]
     if not _same_items(runs):
         note = "Measured on different items: the intervals say how far each is known, not which run is better."
@@ -138,14 +138,14 @@ def _judged(facts: RunFacts) -> list[Any]:
 
 def _gain(facts: RunFacts, over: RunFacts) -> Estimate:
     """How much better one run's model does than another's, as a mean over sets."""
-    own_V, other_V = facts.marks("model"), over.marks("model")
+    own_V, other_V = facts.marks(), over.marks()
     confidence = facts.recipe.evaluate.confidence
     interval = paired_interval(own_V, other_V, confidence=confidence, resamples=RESAMPLES, seed=0)
     return Estimate(float((own_V - other_V).mean()), interval, facts.judged_items)
 
 
 def _gain_over_nothing(facts: RunFacts) -> float:
-    return float(facts.marks("model").mean())
+    return float(facts.marks().mean())
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------

@@ -223,34 +223,50 @@ class RunFacts:
         return {name: found[name] for name in dict.fromkeys([*order, *found])}
 
     @property
+    def advised(self) -> str:
+        """Name of the model that the run advises: the one trained last, or the merge where that is the verdict."""
+        is_merge = self.has_mixture and self.mixture["verdict"] == "deploy the merge"
+        return "merge" if is_merge and "merge" in self.evaluations else "model"
+
+    @property
+    def others(self) -> list[str]:
+        """Models that the advised one is held against; uniform shares only where they are not the advice itself."""
+        is_uniform = self.has_mixture and self.mixture["verdict"] == "use uniform"
+        own = {self.advised, *(["uniform"] if is_uniform else [])}
+        return [name for name in self.evaluations if name not in own]
+
+    @property
     def judged_on(self) -> tuple[str, ...]:
         """The sets that the headline is a mean of: held-out ones where there are any, else the targets."""
         return tuple(self.recipe.evaluation) or tuple(self.recipe.targets)
 
-    def headline(self, model: str) -> Estimate:
-        """Mean over the sets of the mean over their items; a loss counts as it is, in nats."""
-        drawn_RG, mean_G = self._marks[model]
+    def headline(self, model: str | None = None) -> Estimate:
+        """Of the advised model, or another: mean over sets of the mean over items; a loss counts as it is, in nats."""
+        drawn_RG, mean_G = self._marks[model or self.advised]
         return Estimate(float(mean_G.mean()), self._interval(drawn_RG.mean(axis=1)), self.judged_items)
 
-    def gain(self, over: str, model: str = "model") -> Estimate:
-        """How much better `model` does than `over` on the same items; a fall of the loss is a gain."""
+    def gain(self, over: str) -> Estimate:
+        """How much better the advised model does than `over` on the same items; a fall of the loss is a gain."""
         sign_G = np.array([1.0 if higher_is_better(self._metric(name)) else -1.0 for name in self.judged_on])
-        (drawn_RG, mean_G), (other_RG, other_G) = self._marks[model], self._marks[over]
+        (drawn_RG, mean_G), (other_RG, other_G) = self._marks[self.advised], self._marks[over]
         mean = float(((mean_G - other_G) * sign_G).mean())
         return Estimate(mean, self._interval(((drawn_RG - other_RG) * sign_G).mean(axis=1)), self.judged_items)
 
-    def marks(self, model: str) -> np.ndarray:
-        """Marks of the items of the sets, higher is better, so weighted that their mean is the mean over sets: [V]."""
+    def marks(self) -> np.ndarray:
+        """The advised model's marks of the items of the sets, [V], higher is better.
+
+        So weighted that their mean is the mean over sets.
+        """
         rows = []
         for name in self.judged_on:
-            values = np.array(self.evaluations[model][name]["values"])
+            values = np.array(self.evaluations[self.advised][name]["values"])
             sign = 1.0 if higher_is_better(self._metric(name)) else -1.0
             rows.append(sign * values * self.judged_items / (len(self.judged_on) * len(values)))
         return np.concatenate(rows)
 
     @property
     def judged_items(self) -> int:
-        return sum(len(self.evaluations["model"][name]["values"]) for name in self.judged_on)
+        return sum(len(self.evaluations[self.advised][name]["values"]) for name in self.judged_on)
 
     @property
     def metric(self) -> str:

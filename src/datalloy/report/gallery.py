@@ -62,18 +62,13 @@ def worst(facts: RunFacts, count: int) -> str:
     """The first of the samples that are worst, small: for a glance."""
     scores = facts.scores
     groups = {group.title: group for group in _groups(facts, scores)}
-    title = next(name for name in ("Left out first", "Most harmful", "Highest loss") if name in groups)
+    title = next(name for name in ("Left out first", "Most harmful", "Highest loss", "Rated lowest") if name in groups)
     rows = groups[title].rows[:count]
     samples = facts.samples([(scores.domain[row], scores.id[row]) for row in rows])
     shown = [(row, samples.get((scores.domain[row], scores.id[row]))) for row in rows]
-    by_utility = title == "Most harmful"
-    drawn = "".join(
-        _glance(sample, f"utility {signed(scores.utility[row])}" if by_utility else f"loss {number(scores.loss[row])}")
-        for row, sample in shown
-        if sample is not None
-    )
-    why = "A step on these spoils the targets most:" if by_utility else "The model finds these answers least likely:"
-    return paragraph(why) + f'<ul class="glance">{drawn}</ul>'
+    word, value_N = ("utility", scores.utility) if title == "Most harmful" else ("loss", scores.loss)
+    drawn = "".join(_glance(sample, f"{word} {number(value_N[row])}") for row, sample in shown if sample is not None)
+    return paragraph(text(groups[title].about)) + f'<ul class="glance">{drawn}</ul>'
 
 
 def _glance(sample: Sample, measured: str) -> str:
@@ -88,12 +83,7 @@ def _glance(sample: Sample, measured: str) -> str:
 def _groups(facts: RunFacts, scores: Scores) -> list[Group]:
     rows = np.flatnonzero(scores.is_ok)
     if not scores.is_signed:
-        order = rows[np.argsort(scores.loss[rows], kind="stable")]
-        about = "Only losses were measured: what they mean for the targets is not known."
-        return [
-            Group("Lowest loss", about, order[:SHOWN].tolist()),
-            Group("Highest loss", about, order[::-1][:SHOWN].tolist()),
-        ]
+        return _rated(scores, rows)
     order = rows[np.argsort(-scores.utility[rows], kind="stable")]
     guessed_N = scores.utility > _largest_measured(facts, scores)
     useful = order[~guessed_N[order]]
@@ -114,6 +104,19 @@ def _groups(facts: RunFacts, scores: Scores) -> list[Group]:
     if facts.contributions is None and facts.probes is not None:
         groups.append(_measured_exactly(facts.probes, scores))
     return groups
+
+
+def _rated(scores: Scores, rows: np.ndarray) -> list[Group]:
+    """The ends of a ranking that knows nothing of the targets."""
+    method = scores.metadata["method"]
+    rating_N, titles = scores.utility, ("Rated highest", "Rated lowest")
+    about = f"Rated by {method}: what the samples do to the targets was not measured."
+    if method == "loss":
+        rating_N, titles = -scores.loss, ("Lowest loss", "Highest loss")
+        about = "Only losses were measured: what the samples do to the targets is not known."
+    order = rows[np.argsort(-rating_N[rows], kind="stable")]
+    ends = (order[:SHOWN].tolist(), order[::-1][:SHOWN].tolist())
+    return [Group(title, about, end) for title, end in zip(titles, ends, strict=True)]
 
 
 def _largest_measured(facts: RunFacts, scores: Scores) -> float:
@@ -221,9 +224,9 @@ class _Cards:
         scores, said = self._scores, []
         place = self._place_of_loss_N[row]
         if place >= 1 - EXTREME:
-            rank = "the highest" if place == 1 else f"above that of {percent(place)}"
+            height = "the highest" if place == 1 else f"above that of {percent(place)}"
             said.append(
-                f"The proxy finds the answer unlikely, its loss is {rank} of the domain: a wrong answer, another "
+                f"The proxy finds the answer unlikely, its loss is {height} of the domain: a wrong answer, another "
                 "picture, garbled text, or a hard question."
             )
         elif place <= EXTREME:

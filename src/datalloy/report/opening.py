@@ -87,14 +87,16 @@ def _in_words(weights: dict[str, float]) -> str:
 
 
 def _worth(facts: RunFacts) -> str:
-    model, gain = facts.headline("model"), facts.gain("base")
+    model, gain = facts.headline(), facts.gain("base")
     where = "held-out" if facts.recipe.evaluation else "target"
     unit = f"{facts.metric} on {model.items} {where} items"
     low, high = gain.interval
     base = f"{number(model.mean)} {unit}, {gained(gain.mean, gain.interval)} against not training at all"
     if low > 0:
         return base
-    return f"{base}, which is a loss" if high < 0 else f"{base}, a gain that is not shown"
+    if high < 0:
+        return f"{base}, which is a loss"
+    return f"{base}, {'a gain that is not shown' if gain.mean > 0 else 'so no gain is shown'}"
 
 
 def _is_worse_than_base(facts: RunFacts) -> bool:
@@ -120,8 +122,11 @@ def claims(facts: RunFacts) -> Iterator[Claim]:
     if facts.has_mixture:
         gain = facts.mixture["expected_gain_vs_uniform"]
         source = f"target items, {gain['source']}"
-        yield Claim("better than equal shares of the domains", gain["mean"], gain["interval"], source)
-    if "uniform" in facts.evaluations and facts.recipe.evaluation:
+        what = "better than equal shares of the domains"
+        if facts.mixture["verdict"] == "use uniform":
+            what = "the best mixture found is better than equal shares (it is not advised)"
+        yield Claim(what, gain["mean"], gain["interval"], source)
+    if "uniform" in facts.others and facts.recipe.evaluation:
         uniform = facts.gain("uniform")
         what = "the same on items that decided nothing"
         yield Claim(what, uniform.mean, uniform.interval, f"{facts.metric}, {uniform.items} {held_out}")

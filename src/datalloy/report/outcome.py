@@ -7,7 +7,7 @@ from datalloy.report.page import Section
 
 
 def section(facts: RunFacts) -> Section:
-    models = list(facts.evaluations)
+    models = [facts.advised, *facts.others]
     where = "held-out sets" if facts.recipe.evaluation else "targets"
     headlines = {name: facts.headline(name) for name in models}
     rows = [
@@ -16,17 +16,16 @@ def section(facts: RunFacts) -> Section:
             estimate.mean,
             estimate.interval,
             measured(estimate.mean, estimate.interval),
-            "" if name == "model" else "other",
+            "" if name == facts.advised else "other",
         )
-        for name, estimate in sorted(headlines.items(), key=lambda item: (item[0] != "model", -item[1].mean))
+        for name, estimate in sorted(headlines.items(), key=lambda item: (item[0] != facts.advised, -item[1].mean))
     ]
     gains = []
-    for name in models:
-        if name != "model":
-            gain = facts.gain(name)
-            words = gained(gain.mean, gain.interval)
-            gains.append((gain.mean, Strip(f"over {_named(name)}", gain.mean, gain.interval, words)))
-    items = headlines["model"].items
+    for name in facts.others:
+        gain = facts.gain(name)
+        words = gained(gain.mean, gain.interval)
+        gains.append((gain.mean, Strip(f"over {_named(name)}", gain.mean, gain.interval, words)))
+    items = facts.judged_items
     body = (
         f"<h3>{text(facts.metric.capitalize())}, mean over the {where}, {items} items</h3>"
         + strips(rows)
@@ -55,7 +54,7 @@ def _named(model: str) -> str:
 
 def _by_set(facts: RunFacts, models: list[str]) -> str:
     sets = [*facts.recipe.evaluation, *facts.recipe.targets]
-    first = facts.evaluations["model"]
+    first = facts.evaluations[facts.advised]
     rows = [
         [
             text(LABELS.get(model, model)),

@@ -2,7 +2,8 @@
 
 The policy names the one style and the one script by their hashes, and allows pictures inside the page alone; so a
 text of the user's data that slipped through the escaping would still not run. Price: no inline style or handler
-anywhere, which is why sizes in charts are attributes and colours classes.
+anywhere, which is why sizes in charts are attributes and colours classes. A page is made to be passed on, so keys and
+tokens in it are hidden as they are in the log.
 """
 
 import base64
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from datalloy.display import without_secrets
 from datalloy.report.markup import text
 
 FAVICON = "data:,"  # none: a browser that opens the page from a server would ask for one
@@ -55,6 +57,7 @@ def render(*, title: str, heading: str, opening: str, sections: Sequence[Section
         f'<p class="takeaway">{text(s.takeaway)}</p>{s.body}</section>'
         for s in sections
     )
+    header = without_secrets(f"<header><h1>{text(heading)}</h1>{opening}</header>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy([style], [script])}">'
@@ -62,7 +65,7 @@ def render(*, title: str, heading: str, opening: str, sections: Sequence[Section
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="{FAVICON}">'
         f"<title>{text(title)}</title><style>{style}</style></head>\n"
         '<body><a class="skip" href="#sections">To the sections</a><div class="frame">'
-        f"<header><h1>{text(heading)}</h1>{opening}</header>\n"
+        f"{header}\n"
         f'<div class="columns"><nav class="contents" aria-label="Contents"><ul>{links}</ul></nav>'
-        f'<main id="sections">{drawn}</main></div></div>\n<script>{script}</script></body></html>\n'
+        f'<main id="sections">{without_secrets(drawn)}</main></div></div>\n<script>{script}</script></body></html>\n'
     )

@@ -16,7 +16,10 @@ CHARTS = 12  # of domains and targets; more are in the table alone
 def section(facts: RunFacts) -> Section:
     scores = facts.scores
     if not scores.targets or not scores.is_signed:
-        takeaway = "Only losses were measured; there is no utility to show. Set score.method: calibrated for it."
+        takeaway = (
+            f"Samples were rated by {scores.metadata['method']} alone: what a step on them does to the targets was not "
+            "measured. Set score.method: calibrated for that."
+        )
         return Section("utilities", "Utilities", takeaway, _losses(scores))
     agreement = scores.metadata.get("agreement_with_exact")
     takeaway = (
