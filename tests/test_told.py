@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datalloy import asktell
+from datalloy import asktell, cli
 from datalloy.config import load_recipe
 from datalloy.errors import DataError, RecipeError, RunError, RunInUseError
 from datalloy.told import Ledger, Told, in_steps, read_told
@@ -255,6 +255,20 @@ def test_contradicting_is_refused_and_keeps_nothing_of_the_call(ledger, recipe, 
     assert len(Ledger(ledger.folder, recipe).told) == 1
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"se:qa": "0.02"}, {"se:qa": "0.03"}, r"has the standard error 0\.03, before .* it was 0\.02"),
+        ({}, {"se:qa": "0.03"}, "it was not told"),
+        ({"n:qa": "100"}, {"n:qa": "200"}, "has the number of items 200, before .* it was 100"),
+    ],
+)
+def test_another_error_of_the_same_number_is_refused_too(ledger, write, before, now, message):
+    ledger.keep(read(ledger, a_table(write, row(**before))))
+    with pytest.raises(DataError, match=message):
+        ledger.keep(read(ledger, a_table(write, row(**now))))
+
+
 def test_merged_and_trained_numbers_of_one_mixture_stand_side_by_side(ledger, write):
     rows = [row(), row(kind="merged", **{"value:qa": "0.9"})]
     assert ledger.keep(read(ledger, a_table(write, *rows))) == 2
@@ -348,3 +362,32 @@ def test_the_example_of_the_page_works(tmp_path):
     new, advice = asktell.tell(tmp_path / "recipe.yaml", [tmp_path / "table.csv"], tmp_path / "run")
     assert new == 6
     assert advice.mixture.searched["maths"] > 0.4
+
+
+# --- the command line
+
+
+def test_ask_tell_and_results_on_the_command_line(write, tmp_path, capsys):
+    path, run = str(write("recipe.yaml", RECIPE)), ["--run", str(tmp_path / "run")]
+    assert cli.answer(["ask", path, "--count", "2", *run]) == 0
+    *proposals, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in proposals] == ["design", "design"]
+    assert last == str(tmp_path / "run/mixture/proposals.jsonl")
+    results = write(f"{proposals[0].split()[0]}/results_2026.json", harness())
+    assert cli.answer(["tell", path, str(results), *run]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "run/mixture/told.jsonl")
+    table = a_table(write, row(), row(**{"w:chart": "1", "w:table": "0"}), row(**{"w:chart": "0", "w:table": "1"}))
+    assert cli.answer(["tell", path, str(table), *run]) == 0
+    told = capsys.readouterr().out
+    assert "3 new mixtures" in told
+    assert "verdict: " in told
+    assert cli.answer(["results", str(results)]) == 0
+    assert capsys.readouterr().out.startswith("evaluator,model,task,metric,variant,value,standard_error,n,")
+
+
+def test_faults_end_with_their_exit_codes(write, tmp_path, capsys):
+    path, run = str(write("recipe.yaml", RECIPE)), ["--run", str(tmp_path / "run")]
+    assert cli.answer(["tell", path, str(a_table(write, row(**{"value:qa": "inf"}))), *run]) == 3
+    assert "must be a finite number" in capsys.readouterr().err
+    assert cli.answer(["check", path]) == 2
+    assert "`datalloy ask` and `tell`" in capsys.readouterr().err

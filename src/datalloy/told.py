@@ -165,18 +165,32 @@ class Ledger:
     def _refuse_contradiction(self, before: Told, now: Told) -> None:
         for target in self.recipe.targets:
             was, value = before.values[target], now.values[target]
-            if not math.isclose(was, value, rel_tol=SAME_NUMBER, abs_tol=SAME_NUMBER):
+            if not _is_same(was, value):
                 raise DataError(
                     f"{', '.join(now.sources)}: {target} of {self.describe(now)} is {value:g}, but {was:g} was told "
                     f"before ({', '.join(before.sources)}). One mixture has one number; if the old one is wrong, take "
                     f"its line out of {self.told_path} and tell again"
                 )
+            for name, old, new in (
+                ("standard error", before.standard_errors, now.standard_errors),
+                ("number of items", before.items, now.items),
+            ):
+                if target in new and not _is_same(old.get(target), new[target]):
+                    raise DataError(
+                        f"{', '.join(now.sources)}: {target} of {self.describe(now)} has the {name} {new[target]:g}, "
+                        f"before ({', '.join(before.sources)}) it was {old.get(target, 'not told')}; to replace the "
+                        f"old one, take its line out of {self.told_path} and tell again"
+                    )
 
     def describe(self, row: Told | Proposal) -> str:
         if row.kind == BASE:
             return "the base"
         shares = ", ".join(f"{name} {100 * weight:g}%" for name, weight in self.named(row).items() if weight)
         return f"{row.kind} {shares}"
+
+
+def _is_same(old: float | None, new: float) -> bool:
+    return old is not None and math.isclose(old, new, rel_tol=SAME_NUMBER, abs_tol=SAME_NUMBER)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -213,7 +227,7 @@ def _complete(ledger: Ledger, parts: Sequence[Told]) -> Told:
     values: dict[str, float] = {}
     for part in parts:
         for target, value in part.values.items():
-            if not math.isclose(values.setdefault(target, value), value, rel_tol=SAME_NUMBER, abs_tol=SAME_NUMBER):
+            if not _is_same(values.setdefault(target, value), value):
                 raise DataError(
                     f"{', '.join(sources)}: {target} of {ledger.describe(first)} is {values[target]:g} and {value:g}; "
                     "one mixture has one number"
