@@ -24,6 +24,7 @@ name: small
 base: model
 domains: {chart: {path: chart.jsonl}}
 targets: {goal: {path: goal.jsonl}}
+judge: {url: "http://localhost:1/v1", model: judge}
 """
 
 
@@ -147,6 +148,10 @@ def _fail(number: int):
         "evaluation.held.path=chart.jsonl",
         "base=tiny",
         "proxy=tiny",
+        "deita.quality_model=tiny",
+        "judge.model=other",
+        "judge.url=http://localhost:2/v1",
+        "judge.rubric=Is it good?",
     ],
 )
 def test_the_fingerprint_changes_with_every_key_that_can_change_a_result(override, run, folder):
@@ -173,6 +178,14 @@ def test_the_fingerprint_changes_with_the_version_of_a_library(run, recipe, monk
         "train.micro_batch_size=3",
         "train.report_to=[wandb]",
         "data_root=.",
+        "judge.api_key_env=KEY",
+        "judge.max_concurrency=3",
+        "judge.retries=0",
+        "judge.retry_seconds=3",
+        "judge.timeout_seconds=3",
+        "judge.deadline_seconds=3",
+        "judge.breaker_failures=3",
+        "judge.cache=answers.sqlite",
     ],
 )
 def test_the_fingerprint_leaves_out_what_changes_no_result(override, run, folder):

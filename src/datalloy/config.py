@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from datalloy.display import holds_secret
 from datalloy.errors import RecipeError
@@ -54,6 +55,7 @@ ScorerName = Literal[
     "less",
     "calibrated",
     "deita",
+    "judge",
     "random",
     "low_loss",
     "mid_loss",
@@ -77,6 +79,19 @@ How good is the answer to the request: is it right, does it rest on what is show
 {answer}
 -----
 Rate the answer with one digit from 1 to 6."""
+
+JUDGE_RUBRIC = """\
+You judge samples that a vision-language model is to be trained on. A sample is a conversation, with its pictures if it
+has any. Judge the assistant's answers: are they right, do they rest on what is shown, do they answer what was asked?"""
+JUDGE_LEVELS = (
+    "wrong, empty, or not about the request",
+    "mostly wrong, or right by guessing",
+    "partly right, or right with faults that mislead",
+    "right, with small faults",
+    "right, grounded in what is shown, complete and clear",
+)
+# Keys of a request that Datalloy writes itself.
+JUDGE_OWN_KEYS = {"model", "messages", "stream", "n", "logprobs", "top_logprobs", "response_format", "tools"}
 
 NAME_RULE = "1 to 64 letters, digits, dots, dashes or underscores that begin with a letter or a digit"
 DEITA_MODELS = ("complexity_model", "quality_model")
@@ -328,6 +343,71 @@ class Export(Section):
     )
 
 
+class Prices(Section):
+    """What a million tokens cost, in any currency."""
+
+    prompt: NotNegative
+    completion: NotNegative
+
+
+class Judge(Section):
+    """Who judges where `score.method` or `select.bakeoff_arms` says judge: a model behind an HTTP address."""
+
+    url: str = Field(description="Where the API begins, such as http://localhost:8000/v1; redirects are not followed.")
+    model: str = Field(description="Name of the model, as the server knows it.")
+    api_key_env: str | None = Field(None, description="Name of the environment variable that holds the key.")
+    mode: Literal["json", "logprobs", "systemone"] = Field(
+        "json",
+        description="json: one written score. logprobs: the expected digit, where the server tells probabilities. "
+        "systemone: probabilities of the levels from `transformers serve`.",
+    )
+    rubric: str = Field(JUDGE_RUBRIC, description="What is judged, in words to the judge.")
+    levels: Annotated[tuple[str, ...], Listed, Field(min_length=2, max_length=9)] = Field(
+        JUDGE_LEVELS, description="What each score means, the lowest first; scores go from 1 to their number."
+    )
+    structured: bool = Field(True, description="Ask for JSON by a schema; false for servers that refuse to be asked.")
+    parameters: dict[str, bool | int | float | str] = Field(
+        {"temperature": 0, "max_tokens": 64}, description="Further keys of the request, as they are."
+    )
+    top_logprobs: Annotated[int, Field(ge=1, le=20)] = Field(10, description="Alternatives asked for by logprobs.")
+    image_side: Count = Field(1024, description="Pixels; larger pictures are scaled down to this before they are sent.")
+    tries: Count = Field(2, description="Replies asked for until one holds a verdict; all of them are paid.")
+    max_concurrency: Count = Field(8, description="Requests under way at once.")
+    retries: Annotated[int, Field(ge=0)] = Field(5, description="Repetitions of a request that failed on its way.")
+    retry_seconds: Positive = Field(1.0, description="Pause before the first repetition; doubles, with jitter.")
+    timeout_seconds: Positive = Field(120.0, description="Limit of one try, from connecting to the last byte.")
+    deadline_seconds: Positive = Field(600.0, description="Limit of a request with all its repetitions and pauses.")
+    breaker_failures: Count = Field(20, description="Failures in a row, of all requests, after which the run stops.")
+    prices: Prices | None = Field(None, description="Per million tokens, for the account of costs.")
+    cache: str | None = Field(
+        None, description="File that keeps the answers, for several runs; default: judge.sqlite in the run folder."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain_address(cls, url: str) -> str:
+        parts = urlsplit(url)  # the message never shows the value: it may hold a password
+        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii() or not url.isprintable():
+            raise ValueError("must be an address such as https://host/v1 or http://localhost:8000/v1")
+        if parts.port == 0 or parts.username or parts.password or parts.query or parts.fragment or " " in url:
+            raise ValueError("must have no user, password, query or fragment; a key goes into judge.api_key_env")
+        return url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+            raise ValueError("must be the name of an environment variable, such as JUDGE_API_KEY, never the key itself")
+        return name
+
+    @field_validator("parameters")
+    @classmethod
+    def _leaves_our_keys(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(parameters.keys() & JUDGE_OWN_KEYS):
+            raise ValueError(f"{', '.join(own)} cannot be set here")
+        return parameters
+
+
 class Leakage(Section):
     """What happens when a target or evaluation item is also in the pool."""
 
@@ -358,6 +438,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     deita: Deita = Deita()
     export: Export = Export()
+
+    judge: Judge | None = Field(None, description="The judge that score.method or select.bakeoff_arms asks for.")
     leakage: Leakage = Leakage()
     max_rejected_fraction: Share = Field(0.01, description="A file of which more is rejected stops the run.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -380,6 +462,13 @@ class Recipe(Section):
                 raise ValueError(f"mixture.groups.{name} names {domain}, which is no domain: {', '.join(self.domains)}")
         if len(self.domains) == 1 and self.mixture.buckets is None:
             raise ValueError("mixture needs at least two domains, or mixture.buckets to split the only one by score")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> "Recipe":
+        asked = self.select.bakeoff_arms if self.score.method == "auto" else (self.score.method,)
+        if "judge" in asked and self.judge is None:
+            raise ValueError("score.method or select.bakeoff_arms asks for a judge; add judge: {url: ..., model: ...}")
         return self
 
     @property
@@ -472,6 +561,7 @@ def _resolve(data: dict[str, Any], *, folder: Path, where: str) -> Recipe:
             "base": _model_path(recipe.base, folder),
             "proxy": recipe.proxy and _model_path(recipe.proxy, folder),
             "deita": _resolve_models(recipe.deita, folder),
+            "judge": recipe.judge and _resolve_cache(recipe.judge, folder),
             "data_root": data_root,
             "domains": _resolve_sources(recipe.domains, data_root),
             "targets": _resolve_sources(recipe.targets, data_root),
@@ -483,6 +573,10 @@ def _resolve(data: dict[str, Any], *, folder: Path, where: str) -> Recipe:
 def _resolve_models(deita: Deita, folder: Path) -> Deita:
     paths = {key: getattr(deita, key) for key in DEITA_MODELS}
     return deita.model_copy(update={key: path and _model_path(path, folder) for key, path in paths.items()})
+
+
+def _resolve_cache(judge: Judge, folder: Path) -> Judge:
+    return judge.model_copy(update={"cache": judge.cache and _absolute(judge.cache, folder)})
 
 
 def _resolve_sources(sources: Mapping[str, DataSource], data_root: str) -> dict[str, DataSource]:

@@ -83,6 +83,7 @@ def _stages(
             "less": pool * step,
             # the proxy's loss and two ratings of a turn; raters of other sizes are not counted
             "deita": 3 * pool * forward,
+            "judge": pool * forward,  # here; the judge computes elsewhere
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")

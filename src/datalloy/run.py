@@ -49,6 +49,15 @@ NOT_IN_FINGERPRINT = (
     "export",  # the same rows for other trainers
     "train.micro_batch_size",
     "train.report_to",
+    # how hard and where it is tried to get an answer, never what is asked
+    "judge.api_key_env",
+    "judge.max_concurrency",
+    "judge.retries",
+    "judge.retry_seconds",
+    "judge.timeout_seconds",
+    "judge.deadline_seconds",
+    "judge.breaker_failures",
+    "judge.cache",
 )
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "pillow", "pyarrow")
 LOCK, PROVENANCE, CONFIG = "run.lock", "provenance.json", "config.yaml"
@@ -63,7 +72,8 @@ def fingerprint_parts(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.dump()
     for dotted in NOT_IN_FINGERPRINT:
         section, _, key = dotted.rpartition(".")
-        del (settings[section] if section else settings)[key]
+        if section not in settings or settings[section] is not None:  # a section may be absent
+            del (settings[section] if section else settings)[key]
     inputs = {}
     for section in ("domains", "targets", "evaluation"):
         for name, source in settings[section].items():

@@ -62,6 +62,9 @@ evaluate:
 # Who rates samples where score.method or select.bakeoff_arms says deita; default: the proxy as it comes.
 # deita: {quality_model: path-or-hub-id, complexity_model: path-or-hub-id}
 
+# The model that judges where they say judge: any server of OpenAI's chat API. The key comes from the environment.
+# judge: {url: "http://localhost:8000/v1", model: name-on-the-server}
+
 # What happens when a target or evaluation item is also in the pool. on_leak: error | drop | allow
 leakage:
   on_leak: error

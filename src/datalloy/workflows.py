@@ -371,7 +371,14 @@ class Workflow:
 
     def _rater(self, method: str) -> scorers.Rater:
         """One of `scorers.RATERS`."""
-        return {"deita": self._deita}[method]()
+        return self._judge_rater() if method == "judge" else self._deita()
+
+    def _judge_rater(self) -> scorers.JudgeRater:
+        settings = self.recipe.judge
+        if settings is None:
+            raise RecipeError("the recipe has no judge; add judge: {url: ..., model: ...}")
+        store = Path(settings.cache) if settings.cache else self.run.path("judge.sqlite")
+        return scorers.JudgeRater(settings, store, run=self.run.fingerprint)
 
     def _deita(self) -> scorers.Rater:
         settings = self.recipe.deita
@@ -491,6 +498,10 @@ class Workflow:
         }
 
     def _score_metadata(self, method: str) -> dict[str, Any]:
+        if method == "judge":
+            judge = self._judge_rater()
+            judge.write_details(self.run.path("judge.parquet"), self.pool)
+            return {"method": method, "signed": False, "judge": judge.account(self.pool)}
         if method in ("loss", *scorers.RATERS):
             return {"method": method, "signed": False}
         scorer = self._scorer(method)

@@ -3,7 +3,7 @@
 The family of scorers: `exact` (the definition), `tail` (exact on the last layers), `calibrated` (cheap features
 fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), `less` (cosines
 of gradients), and the baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all.
-Raters (`deita`) read samples instead of measuring them and give `Ratings`.
+Raters (`deita`, `judge`) read samples instead of measuring them and give `Ratings`.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.deita import DeitaRater
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
 from datalloy.scorers.isolation import FAULTS, score_isolated
+from datalloy.scorers.judge import JudgeRater
 from datalloy.scorers.less import LessScorer
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
@@ -41,6 +42,7 @@ __all__ = [
     "SCAN_PROBES",
     "WITHOUT_STEP",
     "DeitaRater",
+    "JudgeRater",
     "Probing",
     "Rater",
     "Ratings",
@@ -56,7 +58,10 @@ __all__ = [
 
 SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size
 NOISE_PROBES = 6
-RATERS = ("deita",)  # methods that read samples; what the proxy's forward pass gives stands beside their ratings
+RATERS = (
+    "deita",
+    "judge",
+)  # methods that read samples; what the proxy's forward pass gives stands beside their ratings
 WITHOUT_STEP = ("first_order", "first_order_hooks", "less")  # of no finite step, so harm begins at zero
 HARM_QUANTILE = 0.05  # of the target items' own utilities: a sample below it is worse than clean samples are
 
