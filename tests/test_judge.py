@@ -309,7 +309,7 @@ def recipe(judge, tmp_path):
     return load_recipe(tmp_path / "recipe.yaml")
 
 
-def test_a_run_ranks_what_was_judged_and_nothing_else(judge, recipe, tmp_path):
+def test_a_run_ranks_what_was_judged_and_nothing_else(judge, recipe, tmp_path, caplog):
     judge.script = [
         "prose",
         "eleven",
@@ -317,6 +317,7 @@ def test_a_run_ranks_what_was_judged_and_nothing_else(judge, recipe, tmp_path):
     ]
     with Run(recipe, tmp_path / "run") as run:
         selection = Workflow(run).select()
+    assert "1 of 12 samples have no verdict of the judge and are not ranked" in caplog.text
     scores = Scores.read(tmp_path / "run" / "scores.parquet")
     assert scores.state.tolist() == ["judge_unparsable"] + ["ok"] * 11
     assert np.isnan(scores.utility[0])

@@ -74,8 +74,12 @@ class JudgeRater:
         Tokens are as the server counts them; `uncounted` answers came without a count. `cost` is in the currency of
         `judge.prices`.
         """
+        keys = {self.key(sample) for sample in samples}
         with AnswerStore(self._store) as store:
-            answers = [answer for key in {self.key(sample) for sample in samples} for answer in store.answers(key)]
+            answers = [answer for key in keys for answer in store.answers(key)]
+            without = sum(_verdict(store.answers(key)) is None for key in keys)
+        if without:
+            log.warning("%d of %d samples have no verdict of the judge and are not ranked", without, len(keys))
         tokens = {name: sum(getattr(a, name) or 0 for a in answers) for name in ("prompt_tokens", "completion_tokens")}
         served_by = dict(sorted(Counter(answer.served_by for answer in answers).items()))
         if len(served_by) > 1:
