@@ -140,7 +140,8 @@ class World:
         if job.scorer == "judge":
             says_good_N = self.is_clean_N ^ (rng.random(len(value_N)) > JUDGE_ACCURACY)
             value_N = value_N + says_good_N
-        return self.workflow.score().with_utility(value_N, {"method": job.scorer, "signed": False})
+        table = self.workflow.score()
+        return table.with_utility(value_N, table.state, {"method": job.scorer, "signed": False})
 
     @property
     def is_clean_N(self) -> np.ndarray:
