@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/trained.py --worlds noisy
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/viewer.py
 	$(BIN)/python experiments/candidate_cost.py --out experiments/results/candidate_cost.json
 	$(BIN)/python benchmarks/merging.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) --out benchmarks/results/merging.json
 	$(if $(PEERS),$(PEERS),$(BIN))/python benchmarks/peers.py --out benchmarks/results/peers.json
