@@ -48,6 +48,7 @@ def finish_run(
     with Run(load_recipe(recipe_path), root / name) as run:
         status = {"complete": True, "counts": _counts(domains, rows), "kept": rows * len(domains) // 2, "metrics": {}}
         _write_rejects(run, data)
+        write_json(run.path("check.json"), status["counts"])
         if selection:
             _write_selection(run, domains, rows, signed=signed, bakeoff=bakeoff)
         if mixture:
@@ -232,7 +233,9 @@ def _write_mixture(run: Run, domains: Sequence[str]) -> dict:
         run.commit(f"mixture/runs/{number}/values", [], {"values": [], "seconds": 0.1})
     run.commit("mixture/merged/slopes-0", [], {"losses": [0.1], "seconds": 0.2})
     stability = [{"fraction": 0.5, "weights": named, "moved": 0.1, "spearman": 0.8}]
-    run.commit("mixture/search", [], {"stability": stability, "mixmin": {"weights": named, "apart": 0.2}})
+    run.commit(
+        "mixture/search", [], {"weights": named, "stability": stability, "mixmin": {"weights": named, "apart": 0.2}}
+    )
     return advice.to_json()
 
 
@@ -253,5 +256,5 @@ def _write_models(run: Run, *, mixture: bool, gain: float) -> None:
         write_json(run.path(f"evaluation/{name}.json"), sets)
         run.commit(f"evaluation/{name}", [], {"seconds": 1.0})
     run.commit("proxy", [], {"steps": 4, "seconds": 1.0, "samples": 5})
-    run.commit("model", [], {"steps": 10, "seconds": 9.0, "losses": [1.0, 0.4], "kept": 20})
+    run.commit("model", [], {"steps": 10, "seconds": 9.0, "losses": [1.0, 0.4], "kept": 20, "samples_seen": 80})
     run.path("model").mkdir(exist_ok=True)

@@ -1,4 +1,8 @@
-"""A run folder in, the few lines that a person wants to see after a verb out."""
+"""A run folder in, the few lines that a person wants to see after a verb out.
+
+Plain lines of text, aligned as tables: the same on a terminal, in a log and through a pipe. A line that begins with
+"warning:" says what was found, what it means and what to do about it.
+"""
 
 import json
 from collections.abc import Iterator
@@ -10,6 +14,9 @@ import numpy as np
 from datalloy.uncertainty import correlation_in_words
 
 LISTED_FILES = 12
+
+
+FOLLOWS_LENGTH = 0.5  # rank correlation of utility with length that is worth a warning
 
 
 def summarise(verb: str, folder: Path) -> Iterator[str]:
@@ -38,10 +45,16 @@ def _check(folder: Path) -> Iterator[str]:
         yield f"  {reason:<22} {count:>8}"
     duplicates = counts["duplicates"]
     yield f"duplicates in the pool: {duplicates['exact']} exact, {duplicates['near']} near"
+    if counts["rejected"]:
+        yield (
+            f"warning: {counts['rejected']} records cannot be used and are left out; file, line and reason of each are "
+            f"in {folder / 'rejected.jsonl'}"
+        )
 
 
 def _score(folder: Path) -> Iterator[str]:
     from datalloy.scores import Scores
+    from datalloy.selection import length_correlation
 
     scores = Scores.read(folder / "scores.parquet")
     yield f"{'domain':<24}{'samples':>8}{'median loss':>13}{'median utility':>16}{'below zero':>12}"
@@ -58,6 +71,13 @@ def _score(folder: Path) -> Iterator[str]:
             f"{scores.metadata['method']} agrees with exact utility by Spearman {agreement['spearman']:.2f} "
             f"[{low:.2f}, {high:.2f}] on {agreement['probes']} probes"
         )
+    follows_length = length_correlation(scores) if scores.is_signed else 0.0
+    if abs(follows_length) > FOLLOWS_LENGTH:
+        yield (
+            f"warning: utility follows the length of answers (rank correlation {follows_length:.2f}), so ranking by "
+            "it is partly a choice of length; score.length_normalised: true ranks answers of like length against each "
+            "other"
+        )
 
 
 def _select(folder: Path) -> Iterator[str]:
@@ -72,6 +92,11 @@ def _select(folder: Path) -> Iterator[str]:
         yield f"  on the targets better than {margin['over']} by {margin['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
     for reason, count in selection.count_reasons().items():
         yield f"  {reason:<16} {count:>8}"
+    if bakeoff and bakeoff["over_base"]["interval"][1] < 0:
+        yield (
+            "warning: every way to train on this pool makes the targets worse than the untrained base; mend the "
+            "samples that the report shows as most harmful, or do not train on this pool"
+        )
 
 
 def _mix(folder: Path) -> Iterator[str]:
@@ -87,9 +112,13 @@ def _mix(folder: Path) -> Iterator[str]:
     mixmin = found["mixmin"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in mixmin["weights"].items() if share >= 0.005)
     yield f"cross-check without merging (MixMin): {shares}; {mixmin['apart']:.0%} of the samples would be others"
+    yield from _mergeability(folder)
+    yield "no mixture was trained yet: `datalloy verify` says how far this is to be trusted"
+
+
+def _mergeability(folder: Path) -> Iterator[str]:
     for warning in json.loads((folder / "mixture" / "mergeability.json").read_text())["warnings"]:
         yield f"warning: {warning['found']}: {warning['means']}; {warning['advice']}"
-    yield "no mixture was trained yet: `datalloy verify` says how far this is to be trusted"
 
 
 def _verify(folder: Path) -> Iterator[str]:
@@ -101,6 +130,7 @@ def _verify(folder: Path) -> Iterator[str]:
         f"spent: {spent['runs']} real runs, {spent['evaluations']} evaluations and {spent['slope_calls']} slopes of "
         "merged models"
     )
+    yield from _mergeability(folder)
     yield f"verdict: {mixture['verdict']}. {mixture['reason']}"
     if mixture["verdict"] == "deploy the merge":
         experts = " ".join(

@@ -37,7 +37,7 @@ STAGES = (  # of the chain: its name, its units, and what one of them is
     ("search on merged models", r"mixture/(merged.*|base)", "measurement"),
     (VERIFICATION, r"mixture/runs/[^/]+", "training run"),
     ("final training", r"model", "training run"),
-    ("evaluation", r"evaluation/.+", "model"),
+    ("evaluation", r"evaluation/(base|model|uniform|merge)", "model"),
     (COMPARISON, r"compare/.+", "training run"),
 )
 RESAMPLES = 2000
