@@ -177,6 +177,7 @@ def test_the_fingerprint_changes_with_the_version_of_a_library(run, recipe, monk
         "evaluate.batch_size=3",
         "train.micro_batch_size=3",
         "train.report_to=[wandb]",
+        "export={formats: [trl], weights: native}",
         "data_root=.",
         "judge.api_key_env=KEY",
         "judge.max_concurrency=3",
