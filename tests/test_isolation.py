@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from datalloy.attempts import Attempt
-from datalloy.errors import EnvironmentFault, ModelError
+from datalloy.config import load_recipe
+from datalloy.errors import DataError, EnvironmentFault, ModelError
+from datalloy.run import Run
 from datalloy.scorers import score_isolated
 from datalloy.scorers.baselines import LossScorer
 from datalloy.scorers.one_step import ExactScorer, ScoreBlock
 from datalloy.scorers.step import Steppable, StepRule
 from datalloy.scorers.tail import TailScorer
 from datalloy.scorers.taps import Taps
+from datalloy.tiny.pools import PoolPlan, write_pool
 from datalloy.vlm import VLM, Encoded
+from datalloy.workflows import Workflow
 
 BAD = 4  # place of the bad sample in the pool
 
@@ -63,15 +67,14 @@ def assert_rest_is_equal(block: ScoreBlock, expected: ScoreBlock) -> None:
         assert np.isnan(getattr(block, name)[BAD]).all() or name == "error_N"
 
 
-@pytest.mark.parametrize("name", ["loss", "tail", "exact"])
 @pytest.mark.parametrize(
-    ("error", "state"),
+    ("name", "error", "state"),
     [
-        (RuntimeError("shape mismatch"), "compute_error"),
-        (IndexError("index out of range in self"), "compute_error"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom"),
-        (MemoryError(), "oom"),
+        ("loss", RuntimeError("shape mismatch"), "compute_error"),
+        ("tail", IndexError("index out of range in self"), "compute_error"),
+        ("exact", torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        ("loss", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom"),
+        ("loss", MemoryError(), "oom"),
     ],
 )
 def test_a_sample_that_fails_is_set_apart_and_the_rest_keeps_its_bits(
@@ -223,6 +226,44 @@ def test_the_suspect_comes_first(tmp_path):
     with killed_at(tmp_path / "unit", None, "5") as attempt:
         score_isolated(scorer, SAMPLES, keys_of(SAMPLES), targets=1, attempt=attempt)
     assert scorer.calls[0] == [15]
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: small
+base: tiny
+domains: {chart: {path: data/chart.jsonl}}
+targets: {chart: {path: data/chart.target.jsonl, metric: loss}}
+score: {method: low_loss, warmup_fraction: 0}
+"""
+
+
+def test_a_run_records_the_sample_and_goes_on_where_the_budget_allows(tmp_path, monkeypatch, caplog):
+    write_pool(tmp_path / "data", PoolPlan({"chart": 9}, targets=("chart",), target_items=8, holdout_items=1), seed=0)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    with Run(recipe, tmp_path / "undisturbed") as run:
+        expected = Workflow(run).score()
+    score, bad = LossScorer.score, expected.length_tokens.max()
+
+    def fail_on_the_longest(scorer: LossScorer, samples: list[Encoded]) -> ScoreBlock:
+        if any(sample.length == bad and sample.inputs["pixel_values"].any() for sample in samples):
+            raise RuntimeError("cannot")
+        return score(scorer, samples)
+
+    monkeypatch.setattr(LossScorer, "score", fail_on_the_longest)
+    is_bad = expected.length_tokens == bad
+    state = rf"{is_bad.sum()} of 9 samples could not be scored by loss \({{'compute_error': {is_bad.sum()}}}\)"
+    with Run(recipe, tmp_path / "run") as run, pytest.raises(DataError, match=state):
+        Workflow(run).score()
+    assert "is not scored (compute_error): RuntimeError('cannot')" in caplog.text
+    monkeypatch.setattr(LossScorer, "score", None)  # what is scored is not scored again
+    with Run(load_recipe(tmp_path / "recipe.yaml", ["max_rejected_fraction=0.9"]), tmp_path / "run") as run:
+        table = Workflow(run).score()
+        assert not [*run.path("attempts").rglob("*.json")]
+    assert (table.state == "compute_error").tolist() == is_bad.tolist()
+    np.testing.assert_array_equal(table.loss, np.where(is_bad, np.nan, expected.loss))
 
 
 # --- weights that are put back ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import copy
 import gc
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from datalloy import training
 from datalloy.config import Train
-from datalloy.errors import DataError, ModelError, RecipeError, RunError
+from datalloy.errors import DataError, EnvironmentFault, ModelError, RecipeError, RunError
 from datalloy.evaluation import answer_losses
 from datalloy.training import learning_rate_factor, sample_order, step_count, train, training_flops
 from datalloy.vlm import VLM
@@ -366,6 +367,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_begins_again(
     train(undisturbed, encoded, FULL, None, steps=4)
     assert "state.safetensors is damaged and set aside" in caplog.text
     assert not differing(weights(resumed), weights(undisturbed))
+
+
+def test_a_disk_without_room_is_noticed_before_the_first_step(untrained, encoded, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(training, "_run_trainer", None)
+    with pytest.raises(EnvironmentFault, match=r"training .* needs [\d,]+ bytes at .*, 1,000 are free there"):
+        train(untrained.copy(), encoded, FULL, tmp_path / "out", steps=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_short_runs_keep_no_checkpoint(vlm, encoded, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from torch.nn import Parameter
 from transformers.integrations import get_available_reporting_integrations
 
 from datalloy.config import Train
-from datalloy.durable import complete_path
+from datalloy.durable import complete_path, require_space
 from datalloy.errors import DataError, EnvironmentFault, ModelError, RecipeError, RunError
 from datalloy.progress import track
 from datalloy.vlm import VLM, Encoded
@@ -110,6 +110,7 @@ def train(
     optimizer = _make_optimizer(parameters, settings)
     attempt, checkpoint = Attempt(), None
     if out:
+        require_space(out, _bytes_on_disk(vlm, parameters), f"training {vlm.name}")
         identity = _identity(vlm, [encoded[i] for i in order[:IDENTITY_SAMPLES]], len(encoded), settings, steps)
         checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", identity, parameters, optimizer)
         if checkpoint.path.exists():
@@ -426,6 +427,12 @@ class _Checkpoint:
             state.setdefault(int(i), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         return Attempt(**json.loads(metadata["attempt"]))
+
+
+def _bytes_on_disk(vlm: VLM, trained: Sequence[Parameter]) -> int:
+    """Bytes of what a training writes: what `save` will, and one checkpoint with two moments for each weight."""
+    saved = trained if isinstance(vlm.model, peft.PeftModel) else list(vlm.model.parameters())
+    return sum(4 * p.numel() for p in saved) + 3 * sum(4 * p.numel() for p in trained)
 
 
 def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -37,7 +37,7 @@ from datalloy import cli, training, vlm, workflows
 from datalloy.config import load_recipe
 from datalloy.durable import write_json
 from datalloy.report import write_report  # noqa: F401 - loaded before the first fork
-from datalloy.run import Run
+from datalloy.run import LIBRARIES, Run
 from datalloy.scorers.baselines import LossScorer
 from datalloy.scores import Scores
 from datalloy.summary import summarise  # noqa: F401 - the same
@@ -95,7 +95,9 @@ class Torture:
 
     def __init__(self, world: Path, seed: int, wanted: int, seconds: float) -> None:
         self.world, self.folder, self.said = world, world / "run", world / "said"
-        self.random, self.wanted, self.deadline = random.Random(seed), wanted, time.monotonic() + seconds
+        self.seed, self.random, self.wanted = seed, random.Random(seed), wanted
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
         self.kinds, self.stages, self.violations = Counter[str](), Counter[str](), list[str]()
         self.passes, self.unit_passes = Counted(), dict[str, int]()
         write_pool(world / "data", PLAN, seed=0)
@@ -187,6 +189,26 @@ class Torture:
             name for name in self.expected.keys() | found.keys() if self.expected.get(name) != found.get(name)
         )
         self._expect(not differing, f"after {after}, other than in an undisturbed run: {differing}")
+
+    def tell(self, out: Path, *, ends: bool) -> None:
+        """Write what was done so far; `ends`: this is all."""
+        results = {
+            "faults": self.injected,
+            "lost_or_altered_results": len(self.violations),
+            "violations": self.violations,
+            "is_complete": ends,
+            "by_kind": dict(sorted(self.kinds.items())),
+            "by_stage": dict(sorted(self.stages.items())),
+            "seed": self.seed,
+            "seconds": round(time.monotonic() - self.started),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "commit": _commit(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, {platform.system()}",
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        }
+        write_json(out, results)
+        sys.stderr.write(f"{self.injected} faults, {len(self.violations)} results lost or altered\n")
 
     @property
     def injected(self) -> int:
@@ -430,32 +452,15 @@ def main() -> int:
         if injector.VARIABLE not in os.environ:
             command = [sys.executable, "-m", "torture", *sys.argv[1:]]
             return subprocess.run(command, env=injector.environment(Path(folder)), check=False).returncode
-        started = time.monotonic()
         torture = Torture(Path(folder), wanted.seed, wanted.faults, 60 * wanted.minutes)
-        for part in (torture.protocol, torture.damage, torture.manners):
+        for part in (torture.protocol, torture.manners, torture.damage):
             part()
-            sys.stderr.write(f"{part.__name__}: {torture.injected} faults, {len(torture.violations)} violations\n")
+            torture.tell(wanted.out, ends=False)
         while torture.goes_on:
             torture.calls()
             torture.signals()
-            sys.stderr.write(f"{torture.injected} faults, {len(torture.violations)} violations\n")
-        results = {
-            "faults": torture.injected,
-            "lost_or_altered_results": len(torture.violations),
-            "violations": torture.violations,
-            "by_kind": dict(sorted(torture.kinds.items())),
-            "by_stage": dict(sorted(torture.stages.items())),
-            "seed": wanted.seed,
-            "seconds": round(time.monotonic() - started),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "commit": _commit(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, {platform.system()}",
-            "python": platform.python_version(),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "pyarrow")
-            },
-        }
-        write_json(wanted.out, results)
+            torture.tell(wanted.out, ends=False)
+        torture.tell(wanted.out, ends=True)
     return 1 if torture.violations else 0
 
 
