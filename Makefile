@@ -2,6 +2,7 @@
 #
 #   make demo     the main job on the embedded model and a drawn pool: a table, and the path of a report
 #   make test     all tests
+#   make torture  faults injected into whole runs until 600 are done (half an hour of one core; Linux, a C compiler)
 #   make check    lint, format and types
 #   make fuzz     coverage-guided fuzzing of readers, pictures and recipes, ten minutes each (SECONDS=60: one)
 #   make audit    known holes in the pinned versions (needs a network)
@@ -19,7 +20,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: fuzz audit setup demo test check bench packs tiny wheel docs reference clean
+.PHONY: fuzz audit setup demo test torture check bench packs tiny wheel docs reference clean
 
 setup: $(VENV)/.datalloy-installed
 
@@ -33,6 +34,9 @@ demo: setup
 # a process a core, each with one thread; the tests of one file stay together and share what is dear to make
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+torture: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests nice -n 10 $(BIN)/python -m torture
 
 check: setup
 	$(BIN)/ruff check .

@@ -13,6 +13,9 @@ INPUT_ROWS = [*(f"D{n}" for n in range(1, 15)), *(f"I{n}" for n in range(1, 12))
 INPUT_ROWS += [f"C{n}" for n in (1, 2, 3, 4, 5, 6, 7, 9, 11, 12)]
 
 
+RUN_ROWS = ["I12", *(f"R{n}" for n in range(1, 14))]
+
+
 def rows() -> list[tuple[str, list[str]]]:
     return [(name, [cell.strip() for cell in cells.split(" | ")]) for name, cells in ROW.findall(PAGE)]
 
@@ -37,3 +40,7 @@ def test_no_row_stands_twice():
 
 def test_every_row_about_input_is_there():
     assert set(INPUT_ROWS) <= {name for name, _ in rows()}
+
+
+def test_every_row_about_runs_is_there():
+    assert set(RUN_ROWS) <= {name for name, _ in rows()}

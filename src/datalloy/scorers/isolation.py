@@ -29,6 +29,7 @@ from datalloy.vlm import IGNORED, Encoded
 log = logging.getLogger(__name__)
 
 FAULTS = ("nonfinite", "compute_error", "oom", "killed")  # states that count against the error budget
+GREY = 0.5
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")  # of torch's plain RuntimeErrors
 
 
@@ -165,10 +166,13 @@ _NO_IDS = torch.zeros(1, dtype=torch.int64)
 
 
 def _stand_in(sample: Encoded, known: torch.Tensor) -> Encoded:
-    """A sample of the same shapes: no picture in its pixels, and no token that no healthy neighbour has."""
+    """A sample of the same shapes: grey pictures, and no token that no healthy neighbour has.
+
+    Not black: families take a picture of zeros for padding, and then miss it.
+    """
     ids = sample.inputs["input_ids"]
     ids = torch.where(torch.isin(ids, known), ids, known[0])
-    inputs = {name: torch.zeros_like(t) if t.is_floating_point() else t for name, t in sample.inputs.items()}
+    inputs = {name: torch.full_like(t, GREY) if t.is_floating_point() else t for name, t in sample.inputs.items()}
     return dataclasses.replace(
         sample, inputs=inputs | {"input_ids": ids}, labels=torch.where(sample.labels == IGNORED, IGNORED, ids)
     )
