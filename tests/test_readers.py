@@ -702,6 +702,15 @@ def test_empty_keys_change_nothing(tmp_path):
 # Typed blocks, prompts and completions, alpaca
 
 
+def test_a_picture_may_be_an_object_with_its_path(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"picture")
+    record = {
+        "messages": [{"role": "user", "content": "<image>?"}, ANSWER],
+        "images": [{"bytes": None, "path": "x.png"}],
+    }
+    assert accepted(tmp_path, record).images == (FileImage(tmp_path / "x.png"),)
+
+
 def test_an_image_url_block_may_name_a_file(tmp_path):
     (tmp_path / "x.png").write_bytes(b"picture")
     blocks = [{"type": "image_url", "image_url": {"url": "x.png"}}, {"type": "text", "text": "?"}]
@@ -789,7 +798,7 @@ def test_a_list_is_read_as_llama_factory_or_not_at_all(tmp_path):
 
 
 def test_what_hugging_face_datasets_saves_is_read(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="pip install datasets to read what it really writes")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed; pip install 'datalloy[trainers]'")
     turns = [{"role": "user", "content": "<image>?"}, ANSWER]
     picture = io.BytesIO()
     PIL.Image.new("RGB", (2, 2), "red").save(picture, "PNG")

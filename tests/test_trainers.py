@@ -349,7 +349,7 @@ def test_ms_swift_reads_what_was_trained_on(tmp_path):
 
 @pytest.mark.parametrize("chosen", [(0, 1, 2, 0), (0, 2)], ids=["messages", "completions"])
 def test_trl_reads_what_was_trained_on(tmp_path, chosen):
-    trl = pytest.importorskip("trl", reason="TRL is not installed; pip install trl")
+    trl = pytest.importorskip("trl", reason="TRL is not installed; pip install 'datalloy[trainers]'")
     from trl.data_utils import prepare_multimodal_messages
 
     given = handover(tmp_path, "parquet-messages-binary", chosen=chosen)
@@ -369,7 +369,9 @@ def test_trl_reads_what_was_trained_on(tmp_path, chosen):
 
 
 def test_webdataset_reads_what_was_trained_on(tmp_path):
-    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed; pip install webdataset")
+    webdataset = pytest.importorskip(
+        "webdataset", reason="webdataset is not installed; pip install 'datalloy[trainers]'"
+    )
     given = handover(tmp_path)
     (shard,) = EXPORTERS["webdataset"](given, tmp_path / "out")
     rows = list(webdataset.WebDataset(str(shard), shardshuffle=False))

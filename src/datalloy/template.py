@@ -13,7 +13,8 @@ base: tiny
 # Folder that the paths of data start from (default: this file's folder).
 # data_root: .
 
-# The pool: named datasets. JSONL, JSON or Parquet in the layouts messages, sharegpt or llava (format: auto).
+# The pool: named datasets. JSONL, JSON or Parquet in the layouts messages, sharegpt, llava, alpaca or prompt_completion;
+# FOLDER#SPLIT of a saved or hub dataset, dataset_info.json#NAME, shard-{000..009}.tar (docs/integrations.md).
 domains:
   first: {path: data/first.jsonl}
   second: {path: data/second.jsonl}
@@ -68,6 +69,10 @@ evaluate:
 # What happens when a target or evaluation item is also in the pool. on_leak: error | drop | allow
 leakage:
   on_leak: error
+
+# What `run` writes for training elsewhere; `datalloy export --to FORMAT` does so at any time for a finished run.
+# Formats: rows (your own, byte for byte) | llama-factory | ms-swift | trl | axolotl | energon | webdataset | ids
+# export: {formats: [rows]}
 
 # A file of which a larger share is rejected stops the run.
 max_rejected_fraction: 0.01

@@ -57,7 +57,15 @@ def find_images(fields: dict[str, Any], key: str, root: Path) -> list[ImageRef]:
     if value is None:
         return []
     values = value if isinstance(value, list) else [value]
-    return [item if isinstance(item, ImageRef) else find_image_file(item, root) for item in values]
+    return [item if isinstance(item, ImageRef) else find_image_file(_path_of(item), root) for item in values]
+
+
+def _path_of(item: Any) -> Any:
+    """The path in an object of bytes and path, as Hugging Face datasets and ms-swift write a picture that is a file."""
+    match item:
+        case {"path": str(path), **rest} if not rest.get("bytes"):
+            return path
+    return item
 
 
 def find_image_file(value: Any, root: Path) -> FileImage:
