@@ -13,7 +13,7 @@ base: tiny
 # Folder that the paths of data start from (default: this file's folder).
 # data_root: .
 
-# The pool: named datasets. JSONL, JSON or Parquet in the layouts messages, sharegpt, llava, alpaca or prompt_completion;
+# The pool: named datasets. JSONL, JSON, Parquet; layouts messages, sharegpt, llava, alpaca or prompt_completion;
 # FOLDER#SPLIT of a saved or hub dataset, dataset_info.json#NAME, shard-{000..009}.tar (docs/integrations.md).
 domains:
   first: {path: data/first.jsonl}
