@@ -18,8 +18,7 @@ def section(facts: RunFacts) -> Section:
             name,
             share,
             mixture["interval"][name],
-            f"{percent(mixture['weights'][name])} ({percent(mixture['interval'][name][0])} to "
-            f"{percent(mixture['interval'][name][1])})",
+            _share_in_words(mixture, name),
         )
         for name, share in sorted(mixture["searched"].items(), key=lambda item: -item[1])
     ]
@@ -28,9 +27,17 @@ def section(facts: RunFacts) -> Section:
         "given what was measured; a wide one means that the result hardly depends on it there."
     )
     if mixture["weights"] != mixture["searched"]:
-        about += " The dots are the shares that were found; the figures beside them are what to train on."
+        about += " The dots are the shares that were found, which are not advised."
     body = strips(rows, zero=0.0, span=Span(-0.03, 1.03)) + paragraph(text(about), "note") + _surface(facts, mixture)
     return Section("mixture", "The mixture", f"Verdict: {mixture['verdict']}. {mixture['reason']}", body)
+
+
+def _share_in_words(mixture: dict[str, Any], name: str) -> str:
+    low, high = mixture["interval"][name]
+    found = f"{percent(mixture['searched'][name])} ({percent(low)} to {percent(high)})"
+    if mixture["weights"] == mixture["searched"]:
+        return found
+    return f"found {found}, use {percent(mixture['weights'][name])}"
 
 
 def _surface(facts: RunFacts, mixture: dict[str, Any]) -> str:
