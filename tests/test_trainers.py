@@ -11,8 +11,9 @@ import os
 import shlex
 import subprocess
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import PIL.Image
@@ -24,16 +25,20 @@ from hypothesis import strategies as st
 
 import reader_contract
 from datalloy import cli
-from datalloy.config import DataSource, ExportFormat, Train
+from datalloy.config import DataSource, ExportFormat, Train, load_recipe
 from datalloy.errors import DataError, RecipeError
 from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain
 from datalloy.exporters.handover import batch_split, unique_ids
 from datalloy.exporters.writing import text_with_placeholders
+from datalloy.mixing import Part
+from datalloy.mixture import plan_shares
 from datalloy.readers import read_all
 from datalloy.readers.conversation import split_placeholders
+from datalloy.run import Run
 from datalloy.sample import FileImage, Origin, Sample, Turn
 from datalloy.selection import Selection
 from datalloy.tiny.pools import PoolPlan, write_pool
+from datalloy.workflows import Workflow
 from reader_contract import ALL, LAYOUTS, Conversation, samples_of
 
 SYSTEM = Conversation(("<image>\n\nSee?\n<image>", "\n yes"), ("circle.png", "square.png"))
@@ -434,3 +439,19 @@ def test_an_unknown_trainer_is_refused_with_those_there_are(run_folder, capsys):
 
 def test_the_formats_of_a_recipe_are_the_exporters():
     assert set(get_args(ExportFormat)) == {"rows", *EXPORTERS}
+
+
+def test_parts_of_a_mixture_are_portions_with_their_exact_counts(run_folder, tmp_path):
+    rows = handover(tmp_path).samples
+    sizes = (("chart.1", rows[:2]), ("chart.2", rows[2:3]), ("counting", rows[4:]))
+    parts = [Part(name, name.split(".")[0], samples) for name, samples in sizes]
+    available = {part.name: len(part.samples) for part in parts}
+    planned = plan_shares({"chart.1": 0.75, "chart.2": 0.0, "counting": 0.25}, available, 48)
+    workflow = Workflow(Run(load_recipe(run_folder / "recipe.yaml", ["mixture={}"]), tmp_path / "run"))
+    workflow.__dict__["mixing"] = SimpleNamespace(
+        parts=parts, shares=lambda: [asdict(share) for share in planned], training_set=lambda: rows
+    )
+    given = workflow._handover(native=True)
+    assert {portion.name: portion.count for portion in given.portions} == {"chart.1": 36, "counting": 12}
+    assert given.shares == {"chart.1": 0.75, "counting": 0.25}
+    assert given.steps * given.train.batch_size == 48
