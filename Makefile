@@ -4,7 +4,7 @@
 #   make test     all tests
 #   make torture  faults injected into whole runs until 600 are done (half an hour of one core; Linux, a C compiler)
 #   make check    lint, format and types
-#   make fuzz     coverage-guided fuzzing of readers, pictures and recipes, ten minutes each (SECONDS=60: one)
+#   make fuzz     coverage-guided fuzzing of readers, pictures, recipes and judges' replies, ten minutes each (SECONDS=60: one)
 #   make audit    known holes in the pinned versions (needs a network)
 #   make bench    every figure of docs/performance.md (some three hours of one core); the peers are measured where
 #                 MERGEKIT=path/to/mergekit-yaml and PEERS=bin-folder-with-bergson-and-kronfluence are given
@@ -58,7 +58,7 @@ packs: setup
 	$(BIN)/python scripts/run_packs.py --data "$(DATA)"
 
 SECONDS ?= 600
-FUZZ_TARGETS ?= reader image recipe
+FUZZ_TARGETS ?= reader image recipe verdict
 
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'atheris>=2.3'

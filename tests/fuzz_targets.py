@@ -13,8 +13,10 @@ from datalloy.config import DataSource, load_recipe
 from datalloy.errors import DataError, RecipeError
 from datalloy.readers import FORMATS, Reject, read
 from datalloy.sample import MAX_IMAGE_PIXELS, has_further_frames, open_image
+from datalloy.scorers.judge_reply import NoVerdictError, read_reply, read_verdict
 from drawn import MemoryImage
 
+JUDGE_MODES = ("json", "logprobs", "systemone")
 BOM = b"\xef\xbb\xbf"
 JSON_LAYOUTS = ("messages", "sharegpt", "llava", "alpaca", "prompt_completion")
 SETTINGS = [(name, "auto") for name in ("x.jsonl", "x.json", "x.parquet")]
@@ -69,4 +71,17 @@ def recipe(data: bytes) -> None:
     assert loaded.dump()
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"reader": reader, "image": image, "recipe": recipe}
+def verdict(data: bytes) -> None:
+    """A judge's reply: the first byte says how the judge was asked to answer, the others are the reply."""
+    mode = JUDGE_MODES[data[0] % len(JUDGE_MODES)] if data else JUDGE_MODES[0]
+    try:
+        reply = read_reply(data[1:])
+        reply.excerpt.encode(), reply.served_by.encode()
+        found = read_verdict(reply, mode, 5)
+    except NoVerdictError:
+        return
+    found.text.encode()
+    assert 1 <= found.score <= 5
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"reader": reader, "image": image, "recipe": recipe, "verdict": verdict}

@@ -5,7 +5,11 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+import time
 
 import numpy as np
 import PIL.Image
@@ -229,6 +233,30 @@ def test_every_answer_is_kept_before_its_slot_asks_again(judge, make, tmp_path, 
     assert kept_when_asked == [1, 2, 3, 4, 5, 6]
 
 
+KILLED = """
+import sys
+from pathlib import Path
+from datalloy.config import Judge
+from datalloy.scorers.judge import JudgeRater
+from drawn import draw_samples
+JudgeRater(Judge(url=sys.argv[1], model="judge", max_concurrency=2), Path(sys.argv[2]), run="run").rate(draw_samples(6))
+"""
+
+
+def test_of_a_judge_that_is_killed_no_answer_is_paid_for_twice(judge, make, tmp_path):
+    judge.script = ["ok"] * 3 + ["hang"]
+    command = [sys.executable, "-c", KILLED, judge.url, str(tmp_path / "judge.sqlite")]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    while judge.asked < 5:  # the two slots wait for answers that do not come: all before are on disk
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    judge.script = ["ok"]
+    assert make().rate(SAMPLES).state_N.tolist() == ["ok"] * 6
+    assert judge.asked == 5 + 3
+
+
 def test_what_cannot_be_kept_is_not_asked_for(judge, make, monkeypatch):
     def add(*_):
         raise EnvironmentFault("the disk is full")
@@ -278,6 +306,16 @@ def test_the_account_counts_every_answer_that_was_paid_for(judge, make):
         "served_by": {"judge-2026 fp1": 2, "judge-2026 fp2": 1},
         "cost": pytest.approx((200 * 10 + 14 * 1000) / 1e6),
     }
+
+
+def test_what_a_judge_wrote_is_kept_whatever_it_is(judge, make, tmp_path):
+    judge.script = ["surrogate", json.dumps(completion("\x1b[2J\u202e", system_fingerprint="\ud800")).encode()]
+    rater = make()
+    rater.rate(SAMPLES[:1])
+    rater.write_details(tmp_path / "judge.parquet", SAMPLES[:1])
+    table, _ = read_table(tmp_path / "judge.parquet", kind="judge answers", version=1)
+    assert table["text"].to_pylist() == [r"\x1b[2J\u202e"]
+    assert set(rater.account(SAMPLES[:1])["served_by"]) == {"judge-2026 fp1", r"judge-2026 \ud800"}
 
 
 def test_another_build_under_the_same_name_is_said(judge, make, caplog):

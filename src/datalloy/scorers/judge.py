@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from datalloy.config import Judge
+from datalloy.display import shown
 from datalloy.run import digest
 from datalloy.sample import Sample
 from datalloy.scorers.judge_client import ApiKey, CallError, JudgeClient
@@ -159,10 +160,10 @@ class JudgeRater:
                 await self._judge(key, by_key[key], store, client)
             except CallError as error:
                 states[key] = error.state
-                log.warning("sample %r of %s is not judged: %s", by_key[key].id, by_key[key].domain, error)
+                log.warning("sample %s of %s is not judged: %s", shown(by_key[key].id), by_key[key].domain, error)
             except UnreadableImageError as error:
                 states[key] = "image_unreadable"
-                log.warning("sample %r of %s is not judged: %s", by_key[key].id, by_key[key].domain, error)
+                log.warning("sample %s of %s is not judged: %s", shown(by_key[key].id), by_key[key].domain, error)
             except BaseException as error:
                 client.stop(error)  # what cannot be kept is not asked for
                 raise

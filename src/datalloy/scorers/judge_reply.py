@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from datalloy.display import printable
+
 MAX_REPLY_BYTES = 1 << 20
 LEAST_MASS = 0.5  # of the first token's probability that must lie on the scale's digits
 SUM_TOLERANCE = 1e-2  # of the probabilities of all levels
@@ -76,13 +78,13 @@ def read_reply(data: bytes) -> Reply:
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     completion = usage.get("completion_tokens", usage.get("output_tokens"))
     names = (body.get("model"), body.get("system_fingerprint"))
-    served_by = " ".join(name[:200] for name in names if isinstance(name, str))
+    served_by = printable(" ".join(name[:200] for name in names if isinstance(name, str)))
     return Reply(body, Usage(_count(prompt), _count(completion)), served_by, _excerpt(body))
 
 
 def _excerpt(body: Mapping[str, Any]) -> str:
     try:
-        return _text(body["choices"][0])[:SHOWN_TEXT]
+        return printable(_text(body["choices"][0])[:SHOWN_TEXT])
     except (KeyError, IndexError, TypeError, AttributeError, NoVerdictError):
         return ""
 
@@ -95,7 +97,7 @@ def read_verdict(reply: Reply, mode: str, levels: int) -> Verdict:
     text = _text(choice)
     if mode == "logprobs":
         return _from_logprobs(choice, text, levels)
-    return Verdict(_from_object(text, levels), None, text[:SHOWN_TEXT])
+    return Verdict(_from_object(text, levels), None, printable(text[:SHOWN_TEXT]))
 
 
 def strict_json(text: str) -> Any:
