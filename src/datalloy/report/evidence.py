@@ -26,7 +26,7 @@ from datalloy.uncertainty import correlation_in_words
 STAGES = {
     "slopes": "one backward pass gives the slopes in all shares at once; a quadratic follows them to its best mixture",
     "confirm": "the pick and equal shares, measured on all items",
-    "start": "corners, equal shares and points spread over the simplex",
+    "design": "corners, equal shares and points spread over the simplex, measured on all items",
     "race": "promising mixtures, measured block by block and stopped when they are ruled out",
 }
 ROWS = 40  # candidates in the table
