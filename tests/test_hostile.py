@@ -9,12 +9,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -22,7 +25,7 @@ from packaging.version import Version
 from datalloy import confined
 from datalloy import vlm as vlm_module
 from datalloy.config import DataSource
-from datalloy.errors import ModelError
+from datalloy.errors import DataError, ModelError
 from datalloy.readers import read_all
 from datalloy.sample import Origin, Sample, Turn
 from datalloy.vlm import VLM, EncodeError
@@ -115,6 +118,145 @@ def test_data_are_read_without_network_and_without_running_anything(tmp_path, mo
     samples, rejects = read_all(write(tmp_path, *records), "d")
     assert samples == []
     assert [reject.reason for reject in rejects] == ["image_url"] * len(records)
+
+
+def tar_header(name: str, size: bytes = b"00000000000\0", kind: bytes = b"0", link: str = "") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def base256(number: int) -> bytes:
+    """A size field as GNU tar writes it, where numbers may be huge or below zero."""
+    return (b"\x80" if number >= 0 else b"\xff") + (number % 256**11).to_bytes(11, "big")
+
+
+GOOD_MEMBER = tar_header("1.json", b"%011o\0" % 2) + b"{}".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"], ids=["file", "long name", "pax"])
+@pytest.mark.parametrize("size", [-(2**70), -1024, -512, -1, 2**34, 2**62, 2**70])
+def test_a_tar_whose_sizes_lie_is_refused_at_once(tmp_path, size, kind):
+    path = tmp_path / "train.tar"
+    path.write_bytes(GOOD_MEMBER + tar_header("2.json", base256(size), kind) + bytes(1024))
+    with pytest.raises(DataError, match=r"train\.tar is not a tar that can be read"):
+        read_all(DataSource(path=str(path), format="webdataset"), "d")
+
+
+def test_members_of_a_tar_that_are_links_devices_or_point_elsewhere_are_never_followed(tmp_path):
+    (tmp_path / "secret.json").write_text(json.dumps({"messages": TURNS}))
+    members = [
+        tar_header("a.json", kind=b"2", link=str(tmp_path / "secret.json")),
+        tar_header("b.json", kind=b"1", link="1.json"),
+        tar_header("c.json", kind=b"3"),
+        tar_header("d.json", kind=b"6"),
+        tar_header("../../e.json", b"%011o\0" % 2) + b"{}".ljust(512, b"\0"),
+        tar_header("/etc/f.json", b"%011o\0" % 2) + b"{}".ljust(512, b"\0"),
+    ]
+    path = tmp_path / "train.tar"
+    path.write_bytes(b"".join(members) + bytes(1024))
+    samples, rejects = read_all(DataSource(path=str(path), format="webdataset"), "d")
+    assert samples == []
+    assert [reject.reason for reject in rejects] == ["bad_member"] * 4 + ["missing_messages"] * 2
+
+
+@pytest.mark.parametrize("name", ["../secret.jsonl", "/etc/passwd", "link.jsonl", "a\0b"])
+def test_a_list_of_datasets_cannot_name_a_file_outside_its_folder(tmp_path, name):
+    (tmp_path / "secret.jsonl").write_text(json.dumps({"messages": TURNS}))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.jsonl").symlink_to("../secret.jsonl")
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": name}}))
+    with pytest.raises(DataError, match="lies outside the list's folder"):
+        read_all(DataSource(path=f"{folder}/dataset_info.json#mine"), "d")
+
+
+# Data changed in ways whose effect is known
+
+
+def outcome(source: DataSource) -> tuple[set[tuple], list[tuple[int, str]]]:
+    samples, rejects = read_all(source, "d")
+    return {(s.id, s.content_hash) for s in samples}, [(r.row, r.reason) for r in rejects]
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            *(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, TURNS[1]]}) for n in range(6)),
+            *(json.dumps({"id": f"x{n}", "messages": TURNS}) for n in range(3)),
+            '{"messages": []}',
+            "{torn",
+            "7",
+        ]
+    ),
+    max_size=12,
+)
+
+
+def write_raw(folder: Path, lines: list[str]) -> DataSource:
+    path = folder / "train.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return DataSource(path=str(path), format="messages")
+
+
+@given(LINES, st.randoms())
+def test_the_order_of_lines_changes_no_sample(tmp_path_factory, lines, random):
+    folder = tmp_path_factory.getbasetemp()
+    shuffled = list(lines)
+    random.shuffle(shuffled)
+    kept, rejects = outcome(write_raw(folder, lines))
+    again, others = outcome(write_raw(folder, shuffled))
+    assert kept == again
+    assert sorted(reason for _, reason in rejects) == sorted(reason for _, reason in others)
+
+
+@given(LINES, st.sampled_from(["{torn", "7", '{"messages": []}', '{"a": NaN}', "\ufeff{}"]), st.data())
+def test_a_bad_line_more_adds_one_reject_and_changes_no_sample(tmp_path_factory, lines, bad, data):
+    folder = tmp_path_factory.getbasetemp()
+    kept, rejects = outcome(write_raw(folder, lines))
+    at = data.draw(st.integers(min(1, len(lines)), len(lines)))
+    again, others = outcome(write_raw(folder, [*lines[:at], bad, *lines[at:]]))
+    assert again == kept
+    assert len(others) == len(rejects) + 1
+
+
+@given(LINES)
+def test_a_file_twice_over_gives_every_sample_without_an_id_a_numbered_copy(tmp_path_factory, lines):
+    folder = tmp_path_factory.getbasetemp()
+    kept, rejects = outcome(write_raw(folder, lines))
+    twice, others = outcome(write_raw(folder, lines + lines))
+    named = [sample for sample in kept if sample[0].startswith("x")]
+    assert kept <= twice
+    assert len(twice) == 2 * len(kept) - len(named)
+    assert len(others) == 2 * len(rejects) + len(named)
+
+
+# A collection of bad inputs, each with what becomes of it
+
+COLLECTION = Path(__file__).parent / "bad_inputs"
+EXPECTED = json.loads((COLLECTION / "expected.json").read_text())
+
+
+def test_every_file_of_the_collection_has_an_expected_outcome():
+    files = {path.name for path in COLLECTION.iterdir()} - {"expected.json", "README.md", "images"}
+    assert files == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_bad_input_ends_as_expected(name):
+    expected = EXPECTED[name]
+    source = DataSource(path=str(COLLECTION / name), format=expected.get("format", "auto"))
+    if "refused" in expected:
+        with pytest.raises(DataError, match=re.escape(expected["refused"])):
+            read_all(source, "d")
+        return
+    samples, rejects = read_all(source, "d")
+    assert len(samples) == expected["accepted"]
+    assert [[reject.line or reject.row, reject.reason] for reject in rejects] == expected["rejected"]
 
 
 def test_the_processor_gets_pictures_and_never_a_path(proxy, monkeypatch):

@@ -11,6 +11,7 @@ several splits is refused until one is named: a test split that slips into the p
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datalloy.errors import DataError, EnvironmentFault
+from datalloy.regular_files import read_regular
 
 HUB = "hf://datasets/"
 ENTRY_FILE = "dataset_info.json"
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".ndjson", ".json")
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
 MAX_SHARDS = 1_000_000
+MAX_LIST_BYTES = 64 * 1024 * 1024
 
 _NOT_DATA = (ENTRY_FILE, "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -157,10 +160,22 @@ def _in_list(path: Path, name: str) -> Located:
     if not isinstance(file, str):
         raise DataError(f"{path}#{name} has no file_name; only datasets in files can be read")
     target = path.parent / file
+    if not _is_inside(target, path.parent):
+        raise DataError(
+            f"{path}#{name} names the file {file!r:.200}, which lies outside the list's folder; a list of somebody else "
+            "must not say what is read: move the file there, or give its path in the recipe"
+        )
     if not target.is_dir():
         return Located((target,), path.parent, entry=entry)
     inside = _of_split(str(target), [p.name for p in target.iterdir() if p.suffix in DATA_SUFFIXES], "")
     return Located(tuple(target / inner for inner in inside), path.parent, entry=entry)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a NUL
+        return False
 
 
 def _in_hub(path: str) -> Located:
@@ -189,7 +204,7 @@ def _download(dataset: str, revision: str | None, inside: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, max_bytes=MAX_LIST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):

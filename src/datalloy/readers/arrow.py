@@ -32,9 +32,9 @@ class ArrowImage:
     def read(self) -> bytes:
         try:
             cell = read_arrow(self.path).column(self.column)[self.row].as_py()
-        except (pyarrow.ArrowException, LookupError) as error:
+            item = (cell if isinstance(cell, list) else [cell])[self.index]
+        except (pyarrow.ArrowException, LookupError, ValueError) as error:
             raise OSError(f"{self}: {error}") from error
-        item = (cell if isinstance(cell, list) else [cell])[self.index]
         return item["bytes"] if isinstance(item, dict) else item
 
     def __str__(self) -> str:

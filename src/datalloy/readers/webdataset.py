@@ -15,11 +15,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from datalloy.errors import DataError
 from datalloy.readers.conversation import MAX_IMAGE_BYTES
 from datalloy.readers.records import MAX_LINE_BYTES, Record, RecordError, open_data_file, parse_record, shown
+from datalloy.regular_files import open_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 OTHER_MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a")
@@ -36,7 +37,7 @@ class TarImage:
     size: int
 
     def read(self) -> bytes:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:
             raise OSError(f"{self}: the tar ends before its member does")
@@ -84,14 +85,31 @@ def tar_groups(path: Path) -> Iterator[list[Member]]:
 def _members(path: Path) -> Iterator[Member]:
     with open_data_file(path) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=cast("BinaryIO", _Bounded(file)), mode="r:") as tar:
+                behind = 0
                 while (info := tar.next()) is not None:
                     vars(tar)["members"].clear()  # the library would keep every header
+                    if info.size < 0 or info.offset < behind:  # it would go round in circles for ever (CVE-2025-8194)
+                        raise ValueError(f"the member at byte {info.offset} claims {info.size} bytes")
+                    behind = info.offset_data
                     if (match := _NAME.fullmatch(info.name)) and not info.isdir():
                         key, extension = match.groups()
                         yield Member(key, extension, info.offset, info.offset_data, info.size, info.isreg())
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise DataError(f"{path} is not a tar that can be read: {error}; write or download it anew") from error
+
+
+class _Bounded:
+    """A file for tarfile, which allocates as many bytes as a header claims to have."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_LINE_BYTES:
+            raise ValueError(f"a header claims {size} bytes, at most {MAX_LINE_BYTES:,} are read")
+        return self._file.read(size)
 
 
 def _fields(path: Path, members: Sequence[Member]) -> dict[str, Any]:
