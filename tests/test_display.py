@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datalloy.display import SHOWN_LENGTH, SafeFormatter, holds_secret, printable, shown, without_secrets
+from datalloy.display import SHOWN_LENGTH, SafeFormatter, as_cell, holds_secret, printable, shown, without_secrets
 from datalloy.errors import DataError
 
 NASTY = "\x1b[2J\x1b[31m\r\n\u202e\u2066\u2028\x00\x7f\x9b\ud800 done: 100 samples\x08"
@@ -111,3 +111,13 @@ def test_a_password_in_a_url_and_a_bearer_token_are_hidden():
 @pytest.mark.parametrize("text", ["task-oriented-dialogue-with-images", "https://example.org/a:b", "sk-1", "hf_home"])
 def test_ordinary_words_are_no_secrets(text):
     assert without_secrets(text, {}) == text
+
+
+@pytest.mark.parametrize("formula", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_text_that_a_spreadsheet_would_run_is_text(formula):
+    assert as_cell(formula) == f"'{formula}"
+
+
+@pytest.mark.parametrize("value", ["accuracy", "a=b", "", -1.5, None])
+def test_other_cells_stay_as_they_are(value):
+    assert as_cell(value) == value

@@ -60,6 +60,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def as_cell(value: Any) -> Any:
+    """A value for a CSV file: text that a spreadsheet would run as a formula gets a leading apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """The text with `***` in the place of every secret that can be told: see the head of the file."""
     for name, value in environment.items():

@@ -162,8 +162,8 @@ def _in_list(path: Path, name: str) -> Located:
     target = path.parent / file
     if not _is_inside(target, path.parent):
         raise DataError(
-            f"{path}#{name} names the file {file!r:.200}, which lies outside the list's folder; a list of somebody else "
-            "must not say what is read: move the file there, or give its path in the recipe"
+            f"{path}#{name} names the file {file!r:.200}, which lies outside the list's folder; a list of "
+            "somebody else must not say what is read: move the file there, or give its path in the recipe"
         )
     if not target.is_dir():
         return Located((target,), path.parent, entry=entry)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
+from datalloy.display import as_cell
 from datalloy.errors import DataError
 from datalloy.evaluators import harness, vlmevalkit
 from datalloy.evaluators.measure import Measure
@@ -51,5 +52,5 @@ def table_text(measures: Sequence[Measure]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(TABLE_COLUMNS)
-    writer.writerows(astuple(measure) for measure in measures)
+    writer.writerows(map(as_cell, astuple(measure)) for measure in measures)
     return file.getvalue()
