@@ -262,6 +262,14 @@ def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):
     assert abs(tables[0].utility - tables[1].utility).max() < 1e-4 * abs(tables[0].utility).max()
 
 
+def test_a_table_that_is_damaged_after_all_was_done_is_made_again(finished, recipe_path):
+    whole = (finished / "scores.parquet").read_bytes()
+    (finished / "scores.parquet").write_bytes(whole[:100])
+    with Run(load_recipe(recipe_path), finished) as run:
+        Workflow(run).run_all()
+    assert (finished / "scores.parquet").read_bytes() == whole
+
+
 def test_chain_needs_no_folder_but_its_own(finished):
     """Everything a run wrote is inside its folder, and nothing half-written is left."""
     assert not list(Path(finished).rglob("*.tmp"))

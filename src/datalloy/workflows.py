@@ -823,8 +823,11 @@ class Workflow:
     def _decided(self) -> dict[str, Any]:
         """What became of the pool's samples, and what is still to do."""
         counts: dict[str, Any] = {"pending": len([*self.run.path("attempts").rglob("*.json")])}
-        if self.run.finished("scores") is not None:
-            counts["scored"] = dict(sorted(Counter(self.score().state.tolist()).items()))
+        settings = self.recipe.mixture
+        if settings is None or settings.buckets is not None or settings.data != "whole":
+            path = self.run.path("scores.parquet")  # made again where it was damaged after all else was done
+            table = self.score() if self.run.finished("scores") is None else Scores.read(path)
+            counts["scored"] = dict(sorted(Counter(table.state.tolist()).items()))
         if self.run.finished("selection") is not None:
             counts["selected"] = self.select().count_reasons()
         return counts
