@@ -111,7 +111,13 @@ def open_image(image: ImageRef) -> PIL.Image.Image:
     Nothing about a picture raises anything but OSError (its bytes cannot be had) and ValueError with a plain reason
     (they are not a picture that we accept).
     """
-    return to_rgb(_decode(image.read()))
+    picture = _decode(image.read())
+    try:
+        return to_rgb(picture)
+    except (MemoryError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"its colours cannot be read: {error or type(error).__name__}") from error
 
 
 def has_further_frames(image: ImageRef) -> bool:
