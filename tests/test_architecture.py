@@ -12,12 +12,12 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
-    {"confined", "display", "diversity", "errors", "regular_files", "template", "tiny.world"},
+    {"confined", "display", "diversity", "errors", "events", "regular_files", "template", "tiny.world"},
     {"durable", "locations", "objective", "progress", "simplex"},
     {"accounts", "attempts", "metrics", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
-    {"checkpoints", "posterior", "scores", "vlm"},
+    {"checkpoints", "engines", "posterior", "scores", "vlm"},
     {"evaluators", "encoding", "mixture", "search", "surface", "target_items"},
     {"bakeoff", "evaluation", "leakage", "merging", "readers", "scorers", "selection", "training"},
     {"told_recipe", "embeddings", "exporters", "mixing"},
@@ -29,6 +29,7 @@ LAYERS = (
     {""},  # the package itself: names that are looked up when they are first used
 )
 FAMILIES = (
+    "engines",
     "evaluators",
     "exporters",
     "readers",

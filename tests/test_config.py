@@ -81,7 +81,7 @@ def fault(load, tmp_path):
         ("score: {warmup_fraction: .inf}", "score.warmup_fraction is Infinity, must be a number in [0, 1]"),
         ("train: {weight_decay: .nan}", "train.weight_decay is NaN, must be a number of at least 0"),
         ("train: {report_to: [7]}", "train.report_to.0 is 7, must be text"),
-        ("engine: slurm", 'engine is "slurm", must be local'),
+        ("engine: slurm", 'engine is "slurm", must be one of local, ray'),
         ("proxy: [a]", 'proxy is ["a"], must be text or null'),
         ("evaluation: {h: {path: a, weight: .inf}}", "evaluation.h.weight is Infinity, must be a number above 0"),
     ],

@@ -3,11 +3,11 @@ import threading
 import pytest
 import torch
 
-from datalloy.encoding import EncodedSamples
+from datalloy.encoding import TENSOR_BYTES, EncodedSamples
 from datalloy.vlm import Encoded, EncodeError
 from drawn import draw_samples
 
-ITEM_BYTES = 2 * 8 * 10  # inputs and labels of ten tokens
+ITEM_BYTES = 2 * (8 * 10 + TENSOR_BYTES)  # inputs and labels of ten tokens
 
 
 class Counting:

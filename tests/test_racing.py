@@ -24,18 +24,20 @@ class Table:
         rng = np.random.default_rng(0)
         self.hard_V = rng.normal(0, 1, TARGETS * ITEMS) + self.block_V
         self.merit_K, self.luck_KV = np.array(merit_K), rng.normal(0, luck, (4, TARGETS * ITEMS))
-        self.asked = []
+        self.asked, self.foreseen = [], []
 
     def values(self, weight_K, block):
         self.asked.append((int(weight_K.argmax()), block))
         value_V = self.hard_V + weight_K @ self.merit_K + weight_K @ self.luck_KV
         return value_V[self.block_V == block]
 
+    def foresee(self, weights, blocks):
+        self.foreseen.append(([int(weight_K.argmax()) for weight_K in weights], list(blocks)))
+
 
 def _evaluated(table, *weights):
     told = Evaluations(table)
-    for weight_K in weights:
-        told.evaluate_fully(weight_K, "design")
+    told.evaluate_fully(weights, "design")
     return told
 
 

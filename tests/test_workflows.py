@@ -14,7 +14,7 @@ import pytest
 from datalloy.config import load_recipe
 from datalloy.errors import DataError, LeakageError
 from datalloy.run import Run, file_hash
-from datalloy.scores import Scores
+from datalloy.scores import Scores, read_table
 from datalloy.selection import Selection
 from datalloy.tiny.pools import PoolPlan, write_pool
 from datalloy.workflows import Workflow
@@ -268,6 +268,38 @@ def test_a_table_that_is_damaged_after_all_was_done_is_made_again(finished, reci
     with Run(load_recipe(recipe_path), finished) as run:
         Workflow(run).run_all()
     assert (finished / "scores.parquet").read_bytes() == whole
+
+
+@pytest.mark.parametrize("method", ["random", "length"])
+def test_baselines_without_a_loss_ask_no_model(method, recipe_path, tmp_path, monkeypatch):
+    recipe = load_recipe(recipe_path, (f"score.method={method}", "select.keep_fraction=0.5"))
+    with Run(recipe, tmp_path / "run") as run:
+        workflow = Workflow(run)
+        monkeypatch.setattr("datalloy.vlm.VLM.losses", None)
+        table, selection = workflow.score(), workflow.select()
+    assert len(table) == len(selection) == 44
+    assert table.metadata["method"] == "lengths"
+    assert (table.supervised_tokens > 0).all()
+    assert selection.kept.sum() == 22
+    if method == "length":
+        tokens = dict(zip(zip(table.domain, table.id, strict=True), table.supervised_tokens, strict=True))
+        for domain in ("chart", "counting"):
+            kept, rest = (
+                [
+                    tokens[d, i]
+                    for d, i, k in zip(selection.domain, selection.id, selection.kept, strict=True)
+                    if d == domain and k == want
+                ]
+                for want in (True, False)
+            )
+            assert min(kept) >= max(rest)
+
+
+def test_lengths_of_check_are_those_of_the_scores(finished):
+    table, _ = read_table(finished / "lengths.parquet", kind="lengths", version=1)
+    scores = Scores.read(finished / "scores.parquet")
+    for column in table.column_names:
+        assert table[column].to_pylist() == scores.table[column].to_pylist()
 
 
 def test_chain_needs_no_folder_but_its_own(finished):

@@ -316,13 +316,17 @@ def _run_verb(verb: str, path: Path, sets: Sequence[str] | None, folder: Path | 
     if dry_run:
         _dry_run(recipe)
         return
+    from datalloy.engines import processes
     from datalloy.run import Run
     from datalloy.summary import summarise
-    from datalloy.workflows import Workflow
+    from datalloy.workflows import open_workflow, serve_workflow
 
-    with Run(recipe, folder) as run:
+    if processes.number() > 0:  # of torchrun; the first does the talking
+        serve_workflow(recipe, folder)
+        return
+    with Run(recipe, folder) as run, open_workflow(run) as workflow:
         log.info("run folder: %s", run.folder)
-        artefact = _stage(verb, Workflow(run))
+        artefact = _stage(verb, workflow)
         for line in summarise(verb, run.folder):
             print(line)
         print(artefact)

@@ -419,6 +419,19 @@ class Leakage(Section):
     )
 
 
+class Ray(Section):
+    """The cluster that `engine: ray` works on."""
+
+    address: str | None = Field(
+        None, description="Of a running cluster, `auto` on one of its machines; default: one on this machine."
+    )
+    num_workers: Count | None = Field(
+        None, description="Models loaded and at work at once; default: as many as the cluster has room for."
+    )
+    cpus_per_worker: Count = 1
+    gpus_per_worker: NotNegative = Field(0.0, description="GPUs of one worker; 0.5 lets two share one.")
+
+
 class Recipe(Section):
     """Everything a run needs to know."""
 
@@ -443,7 +456,8 @@ class Recipe(Section):
     leakage: Leakage = Leakage()
     max_rejected_fraction: Share = Field(0.01, description="A file of which more is rejected stops the run.")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "ray"] = Field("local", description="Who does the work; does not change the results.")
+    ray: Ray = Ray()
 
     @model_validator(mode="after")
     def _distinct_sets(self) -> "Recipe":

@@ -15,6 +15,7 @@ from datalloy.sample import Sample
 from datalloy.vlm import VLM, Encoded
 
 CACHE_BYTES = 2 * 1024**3
+TENSOR_BYTES = 500  # of a tensor beside its numbers: of short texts the larger part
 
 
 class EncodedSamples(Sequence[Encoded]):
@@ -41,7 +42,8 @@ class EncodedSamples(Sequence[Encoded]):
             self._cache.move_to_end(index)
             return self._cache[index][0]
         encoded = self._ahead.pop(index).result() if index in self._ahead else self._encode(index)
-        size = sum(t.numel() * t.element_size() for t in (*encoded.inputs.values(), encoded.labels))
+        tensors = (*encoded.inputs.values(), encoded.labels)
+        size = sum(TENSOR_BYTES + t.numel() * t.element_size() for t in tensors)
         self._cache[index] = (encoded, size)
         self._free -= size
         while self._free < 0 and len(self._cache) > 1:

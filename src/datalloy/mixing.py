@@ -19,7 +19,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from datalloy.calibration import (
 from datalloy.checkpoints import merge_checkpoints
 from datalloy.durable import complete_files
 from datalloy.encoding import EncodedSamples
+from datalloy.engines import Engine, Unit, complete
 from datalloy.evaluation import MetricItems, answer_losses, count_tokens, without_writing
 from datalloy.mergeability import Expert, diagnose
 from datalloy.merging import Merge, open_merge
@@ -83,8 +84,16 @@ class MergedModels:
     Every answer is recorded as a unit of the run under `unit`; what has a record is not measured again.
     """
 
-    def __init__(self, run: Run, unit: str, merge: Merge, targets: Mapping[str, Sequence[Sample]], metric: str) -> None:
-        self._run, self._unit, self._merge = run, unit, merge
+    def __init__(
+        self,
+        run: Run,
+        engine: Engine,
+        unit: str,
+        merge: Merge,
+        targets: Mapping[str, Sequence[Sample]],
+        metric: str,
+    ) -> None:
+        self._run, self._engine, self._unit, self._merge = run, engine, unit, merge
         recipe, shared = run.recipe, merge.vision_is_shared
         encoded = {n: EncodedSamples(merge.vlm, s, max_tokens=recipe.train.max_tokens) for n, s in targets.items()}
         even = dict.fromkeys(targets, 1.0)
@@ -115,24 +124,37 @@ class MergedModels:
     def values(self, weight_K: np.ndarray, block: int) -> np.ndarray:
         """Values of the items of a block, higher is better: a loss comes negated."""
         done = self._run.once(
-            f"{self._unit}/values-{_key(weight_K)}-{block}",
+            self._values_unit(weight_K, block).name,
             lambda: {"values": self._items.values(self._merge.set(weight_K), block).tolist()},
         )
         return np.array(done["values"])
+
+    def foresee(self, weights: Sequence[np.ndarray], blocks: Sequence[int]) -> None:
+        """Measure these values now, on as many workers as the engine has."""
+        units = [self._values_unit(weight_K, block) for weight_K in weights for block in blocks]
+        complete(self._engine, self._run, list(dict.fromkeys(units)), "evaluate merged models")
+
+    def _values_unit(self, weight_K: np.ndarray, block: int) -> Unit:
+        name = f"{self._unit}/values-{_key(weight_K)}-{block}"
+        return Unit(name, "measure", "values", (tuple(weight_K.tolist()), block))
 
     def answer_log_probs(self) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of each item's whole answer under each expert, [K, V] nats, and the items' weights.
 
         An item counts as in the loss: by its target's weight, per token of its answer.
         """
-        loss_KV = [
-            self._run.once(f"{self._unit}/losses-{name}", partial(self._expert_losses, k))["losses"]
-            for k, name in enumerate(self.names)
-        ]
+        units = [Unit(f"{self._unit}/losses-{name}", "measure", "losses", (k,)) for k, name in enumerate(self.names)]
+        complete(self._engine, self._run, units, "evaluate experts")
+        loss_KV = [self.expert_losses(k) for k in range(len(self.names))]
         return -np.array(loss_KV) * self._tokens_V, self._loss_items.item_weight_V / self._tokens_V
 
-    def _expert_losses(self, k: int) -> dict[str, Any]:
-        return {"losses": self._loss_items.losses(self._merge.set(np.eye(len(self.names))[k])).tolist()}
+    def expert_losses(self, k: int) -> list[float]:
+        """Answer loss of each target item under one expert, nats per token."""
+        done = self._run.once(
+            f"{self._unit}/losses-{self.names[k]}",
+            lambda: {"losses": self._loss_items.losses(self._merge.set(np.eye(len(self.names))[k])).tolist()},
+        )
+        return done["losses"]
 
     def all_values(self, weight_K: np.ndarray) -> np.ndarray:
         """Values of all items, [V]."""
@@ -148,16 +170,31 @@ class Mixing:
     def __init__(
         self,
         run: Run,
+        engine: Engine,
         settings: config.Mixture,
         base: VLM,
         parts: Sequence[Part],
         targets: Mapping[str, Sequence[Sample]],
         total: int,
     ) -> None:
-        self.run, self.base, self.parts, self.total = run, base, parts, total
+        self.run, self.engine, self.base, self.parts, self.total = run, engine, base, parts, total
         self.targets = targets
         self.settings = settings
         self.names = tuple(part.name for part in parts)
+
+    def perform(self, unit: Unit) -> None:
+        """Do one unit of work for an engine and commit its record."""
+        match unit.work:
+            case "expert":
+                self._expert(self.parts[unit.arguments[0]])
+            case "real_run":
+                self._really_train(np.array(unit.arguments[0]))
+            case "final":
+                self._train_final(unit.name, self.run.path(unit.name))
+            case "values":
+                self.merged.values(np.array(unit.arguments[0]), unit.arguments[1])
+            case "losses":
+                self.merged.expert_losses(unit.arguments[0])
 
     # --- what is allowed and what is wanted --------------------------------------------------------------------
 
@@ -205,9 +242,11 @@ class Mixing:
 
     def experts(self) -> dict[str, Path]:
         """One model a part, all from one base by one recipe and equal steps. Writes `experts/PART/`."""
-        return {part.name: self._expert(part) for part in self.parts}
+        units = [Unit(f"experts/{part.name}", "train", "expert", (k,)) for k, part in enumerate(self.parts)]
+        complete(self.engine, self.run, units, "experts")
+        return {part.name: self.run.path(f"experts/{part.name}") for part in self.parts}
 
-    def _expert(self, part: Part) -> Path:
+    def _expert(self, part: Part) -> None:
         folder, unit = self.run.path(f"experts/{part.name}"), f"experts/{part.name}"
         if self.run.finished(unit) is None:
             own, rest = self._split(part)
@@ -221,7 +260,6 @@ class Mixing:
             )
             facts = {"samples": len(rest), "own_before": before, "own_after": _losses(vlm, encoded)}
             self.run.commit(unit, [folder], {**asdict(trained), **facts})
-        return folder
 
     def _split(self, part: Part) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """A few samples of the part to see its expert learn, drawn by content; and those it is trained on."""
@@ -250,7 +288,7 @@ class Mixing:
     @cached_property
     def merged(self) -> MergedModels:
         """The experts as they are at the end of their training, merged."""
-        return MergedModels(self.run, "mixture/merged", self.merge, self.targets, self.settings.metric)
+        return MergedModels(self.run, self.engine, "mixture/merged", self.merge, self.targets, self.settings.metric)
 
     def _by_target(self, value_V: np.ndarray) -> np.ndarray:
         target_V = self._items.target_V
@@ -351,7 +389,8 @@ class Mixing:
     def _merged_after(self, fraction: float) -> MergedModels:
         folders = {name: folder / _after(fraction) for name, folder in self.experts().items()}
         merge = open_merge(self.base, folders)
-        return MergedModels(self.run, f"mixture/merged-{_after(fraction)}", merge, self.targets, self.settings.metric)
+        unit = f"mixture/merged-{_after(fraction)}"
+        return MergedModels(self.run, self.engine, unit, merge, self.targets, self.settings.metric)
 
     # --- verify ------------------------------------------------------------------------------------------------
 
@@ -441,6 +480,9 @@ class Mixing:
         return weight_NK
 
     def _evidence(self, weight_NK: np.ndarray) -> TrainedMixtures:
+        units = [self._real_run(weight_K) for weight_K in weight_NK if weight_K.max() < 1]
+        complete(self.engine, self.run, units, "real runs")
+        self.merged.foresee(list(weight_NK), np.unique(self.merged.block_V).tolist())
         return TrainedMixtures(
             targets=tuple(self.targets),
             weight_NK=weight_NK,
@@ -461,18 +503,22 @@ class Mixing:
     def train_on(self, weight_K: np.ndarray) -> Path:
         """Really train on a mixture for as many steps as an expert; the folder. At a vertex, the expert itself."""
         if weight_K.max() == 1:
-            return self._expert(self.parts[int(weight_K.argmax())])
-        total = self.steps * self.run.recipe.train.batch_size
-        counts = largest_remainder(weight_K, total)
-        unit = f"mixture/runs/{_key(counts)}"
-        folder = self.run.path(unit)
-        if self.run.finished(unit) is None:
-            log.info("really training on %s", self.describe(weight_K))
-            vlm = self.base.copy()
-            encoded = self._encode(vlm, self._samples_of(weight_K, total))
-            trained = train(vlm, encoded, self._train_settings, folder, steps=self.steps)
-            self.run.commit(unit, [folder], {**asdict(trained), "weights": self._named(weight_K)})
-        return folder
+            return self.experts()[self.names[int(weight_K.argmax())]]
+        unit = self._real_run(weight_K)
+        complete(self.engine, self.run, [unit], "real run")
+        return self.run.path(unit.name)
+
+    def _real_run(self, weight_K: np.ndarray) -> Unit:
+        counts = largest_remainder(weight_K, self.steps * self.run.recipe.train.batch_size)
+        return Unit(f"mixture/runs/{_key(counts)}", "train", "real_run", (tuple(weight_K.tolist()),))
+
+    def _really_train(self, weight_K: np.ndarray) -> None:
+        unit = self._real_run(weight_K).name
+        log.info("really training on %s", self.describe(weight_K))
+        vlm, folder = self.base.copy(), self.run.path(unit)
+        encoded = self._encode(vlm, self._samples_of(weight_K, self.steps * self.run.recipe.train.batch_size))
+        trained = train(vlm, encoded, self._train_settings, folder, steps=self.steps)
+        self.run.commit(unit, [folder], {**asdict(trained), "weights": self._named(weight_K)})
 
     def trained(self, weight_K: np.ndarray) -> np.ndarray:
         """Values of the targets' items after really training on a mixture, [V]."""
@@ -502,23 +548,27 @@ class Mixing:
 
     # --- the final training ------------------------------------------------------------------------------------
 
-    def train_final(self, unit: str, folder: Path) -> None:
-        """The base tuned on the recommended mixture. A verified run of the same length is that model already."""
+    def train_final(self) -> None:
+        """The base tuned on the recommended mixture, in `model/`. A verified run of the same length is it already."""
+        unit, folder = "model", self.run.path("model")
         if self.run.finished(unit) is not None:
             return
         weight_K = self._recommended()
-        samples = self._samples_of(weight_K, self.total)
-        if self.steps * self.run.recipe.train.batch_size == self.total:
-            source = self.train_on(weight_K)
-            facts = self.run.finished(str(source.relative_to(self.run.folder))) or {}
-            shutil.rmtree(folder, ignore_errors=True)
-            with complete_files(folder) as staging:
-                shutil.copytree(source, staging, ignore=shutil.ignore_patterns("after-*"), dirs_exist_ok=True)
-        else:
-            vlm = self.base.copy()
-            steps = self.total // self.run.recipe.train.batch_size
-            facts = asdict(train(vlm, self._encode(vlm, samples), self.run.recipe.train, folder, steps=steps))
-        self.run.commit(unit, [folder], {**facts, "kept": len({(s.domain, s.id) for s in samples})})
+        if self.steps * self.run.recipe.train.batch_size != self.total:
+            complete(self.engine, self.run, [Unit(unit, "train", "final")], "train")
+            return
+        source = self.train_on(weight_K)
+        facts = self.run.finished(str(source.relative_to(self.run.folder))) or {}
+        shutil.rmtree(folder, ignore_errors=True)
+        with complete_files(folder) as staging:
+            shutil.copytree(source, staging, ignore=shutil.ignore_patterns("after-*"), dirs_exist_ok=True)
+        self.run.commit(unit, [folder], {**facts, "kept": _distinct(self.training_set())})
+
+    def _train_final(self, unit: str, folder: Path) -> None:
+        samples = self.training_set()
+        vlm, steps = self.base.copy(), self.total // self.run.recipe.train.batch_size
+        facts = asdict(train(vlm, self._encode(vlm, samples), self.run.recipe.train, folder, steps=steps))
+        self.run.commit(unit, [folder], {**facts, "kept": _distinct(samples)})
 
     def write_merge(self) -> Path | None:
         """The merged model at the searched mixture as a checkpoint, where the verdict offers it; else None."""
@@ -593,6 +643,10 @@ def _keyed(samples: Sequence[Sample]) -> dict[str, Sample]:
         keyed[f"{sample.content_hash}-{seen[sample.content_hash]}"] = sample
         seen[sample.content_hash] += 1
     return keyed
+
+
+def _distinct(samples: Sequence[Sample]) -> int:
+    return len({(sample.domain, sample.id) for sample in samples})
 
 
 def _key(numbers: np.ndarray) -> str:

@@ -43,6 +43,10 @@ class Measured(Protocol):
         """Metric of the block's items, in the order of V; higher is better, a loss negated."""
         ...
 
+    def foresee(self, weights: Sequence[np.ndarray], blocks: Sequence[int]) -> None:
+        """These values are asked for next; who can measure them side by side does it now."""
+        ...
+
 
 class Evaluations:
     """Every mixture evaluated so far and its values by item; NaN where an item was not asked."""
@@ -92,11 +96,14 @@ class Evaluations:
             )
         self._values[row][is_here_V] = value_V
 
-    def evaluate_fully(self, weight_K: np.ndarray, stage: str) -> int:
-        row = self.add(weight_K, stage)
-        for block in self.blocks:
-            self.evaluate(row, block)
-        return row
+    def evaluate_fully(self, weights: Sequence[np.ndarray], stage: str) -> list[int]:
+        """Evaluate mixtures on all items; their rows."""
+        self._measured.foresee(weights, self.blocks)
+        rows = [self.add(weight_K, stage) for weight_K in weights]
+        for row in rows:
+            for block in self.blocks:
+                self.evaluate(row, block)
+        return rows
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """Values of the mixtures by target and the variances that they do not share, both [N, G].
@@ -127,6 +134,7 @@ class Evaluations:
         """
         running = [self.add(weight_K, stage) for weight_K in weight_NK]
         for number, block in enumerate(self.blocks):
+            self._measured.foresee([self._weights[row] for row in running], [block])
             for row in running:
                 self.evaluate(row, block)
             if objective.kind != "pareto":

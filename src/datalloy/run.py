@@ -10,6 +10,7 @@ that results do not depend on it. Trap: the lock is one of the local kernel; a r
 two machines use at once is not protected.
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -34,7 +35,9 @@ from datalloy.durable import (
     write_json,
 )
 from datalloy.errors import DatalloyError, EnvironmentFault, RunError, RunInUseError
+from datalloy.events import EVENTS, EventLog
 from datalloy.locations import HUB, locate_or_missing
+from datalloy.progress import listening
 from datalloy.strict_yaml import dump_yaml
 from datalloy.tiny.model import WEIGHTS
 
@@ -58,6 +61,8 @@ NOT_IN_FINGERPRINT = (
     "judge.deadline_seconds",
     "judge.breaker_failures",
     "judge.cache",
+    "engine",  # who does the work
+    "ray",
 )
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "scikit-learn", "pillow", "pyarrow")
 LOCK, PROVENANCE, CONFIG = "run.lock", "provenance.json", "config.yaml"
@@ -167,6 +172,8 @@ class Run:
         self.fingerprint = digest(self._parts)
         self.folder = Path(folder) if folder else Path("runs") / f"{recipe.name}-{self.fingerprint[:8]}"
         self._lock: int | None = None
+        self._records = True
+        self._heard = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
         try:
@@ -174,6 +181,7 @@ class Run:
             self._lock = take_lock(self.folder)
             self._check_provenance()
             clear_leftovers(self.folder)
+            self._heard.enter_context(listening(EventLog(self.path(EVENTS))))
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError) and not isinstance(error, DatalloyError):
@@ -182,9 +190,36 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._heard.close()
         if self._lock is not None:
             os.close(self._lock)  # the kernel releases the lock with the descriptor, also when we are killed
             self._lock = None
+
+    def join(self) -> "Run":
+        """The folder for a worker of the process that has it open: nothing is locked, checked or cleaned up.
+
+        Raises RunError where this machine sees no such run, or would compute something else: other data, other
+        versions.
+        """
+        if not self.path(PROVENANCE).exists():
+            raise RunError(
+                f"{self.folder.resolve()} holds no run as seen from {socket.gethostname()}; all machines have to see "
+                "one run folder under one path"
+            )
+        before = read_provenance(self.path(PROVENANCE))
+        if before["fingerprint"] != self.fingerprint:
+            changes = "\n".join(differences(before["parts"], self._parts))
+            raise RunError(f"{socket.gethostname()} would not compute the same as who opened {self.folder}:\n{changes}")
+        return self
+
+    @contextlib.contextmanager
+    def looking_on(self) -> Iterator[None]:
+        """Meanwhile `commit` records nothing: another process takes part in the same unit and records it."""
+        self._records = False
+        try:
+            yield
+        finally:
+            self._records = True
 
     def _make_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -283,7 +318,8 @@ class Run:
             "files": {str(path.relative_to(self.folder)): file_hash(path) for path in covered},
             "data": json.loads(json.dumps(data or {})),
         }
-        write_json(self._record(unit), {**record, "sha256": digest(record)})
+        if self._records:
+            write_json(self._record(unit), {**record, "sha256": digest(record)})
         return record["data"]
 
     def once(self, unit: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

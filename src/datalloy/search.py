@@ -165,8 +165,7 @@ def _confirm(
     candidates: Candidates, told: Evaluations, simplex: Simplex, objective: Objective, stage: SlopeStage, seed: int
 ) -> Found:
     belief = _LossBelief(stage.quadratics)
-    for weight_K in (simplex.uniform, stage.weight_K):
-        told.evaluate_fully(weight_K, "confirm")
+    told.evaluate_fully([simplex.uniform, stage.weight_K], "confirm")
     pool_NK = np.vstack([stage.weight_K, _pool(simplex, stage.weight_K, seed)])
     score_SN = objective.score(belief.draw(pool_NK, 16 * DRAWS, seed))
     best_NK = pool_NK[score_SN.argmax(axis=1)]
@@ -210,8 +209,7 @@ class _Hunt:
         spread_NK = self.simplex.spread(more, self.seed, beside_NK=np.array(design))
         # halfway to the slopes' optimum: far corners of many domains tell little about the best mixture
         design += list((self.stage.weight_K + spread_NK) / 2)
-        for weight_K in design[: self.budget]:
-            self.told.evaluate_fully(weight_K, "design")
+        self.told.evaluate_fully(design[: self.budget], "design")
 
     def belief(self) -> Posterior:
         value_NG, noise_NG = self.told.means()

@@ -60,11 +60,9 @@ def _score(folder: Path) -> Iterator[str]:
     yield f"{'domain':<24}{'samples':>8}{'median loss':>13}{'median utility':>16}{'below zero':>12}"
     for domain in sorted(set(scores.domain)):
         mask = scores.domain == domain
-        utility = scores.utility[mask]
-        yield (
-            f"{domain:<24}{mask.sum():>8}{np.nanmedian(scores.loss[mask]):>13.3f}{np.nanmedian(utility):>16.4f}"
-            f"{np.mean(utility < 0):>12.0%}"
-        )
+        utility, loss = scores.utility[mask], scores.loss[mask]
+        median = f"{np.nanmedian(loss):.3f}" if np.isfinite(loss).any() else "-"
+        yield (f"{domain:<24}{mask.sum():>8}{median:>13}{np.nanmedian(utility):>16.4f}{np.mean(utility < 0):>12.0%}")
     if agreement := scores.metadata.get("agreement_with_exact"):
         low, high = agreement["interval"]
         yield (

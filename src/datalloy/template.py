@@ -80,6 +80,7 @@ max_rejected_fraction: 0.01
 # Where models run: auto | cpu | cuda | mps
 # device: auto
 
-# What carries the work out: local, this process.
+# Who does the work: local, this process (or those of torchrun); ray, a cluster. The results are the same.
 # engine: local
+# ray: {address: auto, num_workers: 8, gpus_per_worker: 1}
 """

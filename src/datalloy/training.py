@@ -10,15 +10,21 @@ long runs keep a checkpoint of weights, optimiser and step, in safetensors, writ
 checkpoints are not used: they hold pickles, can be read half-written, and restore by key names that some model
 families change between memory and disk.
 
+Several processes may train together: started by torchrun or `accelerate launch`, all call `train` alike, each takes its
+part of every batch, the Trainer averages gradients (DDP), the first writes. The same steps are taken as by one process,
+to rounding: sums are taken in another order.
+
 Price: one call costs a forward and a backward pass of every sample seen, and about a quarter of a second besides.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -76,6 +82,33 @@ class Attempt:
         return len(self.losses)
 
 
+@dataclass(frozen=True)
+class Crew:
+    """The processes that train together, as the launcher's environment variables say: which this is, and how many."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def launched(cls) -> "Crew":
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def is_first(self) -> bool:
+        return self.number == 0
+
+    def sum(self, value: Tensor | int) -> int:
+        """Over all processes, which all have to ask."""
+        if self.count > 1:
+            torch.distributed.all_reduce(value)
+        return int(value)
+
+    def wait(self) -> None:
+        """Until all processes have come as far."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
 def train(
     vlm: VLM,
     encoded: Sequence[Encoded],
@@ -103,6 +136,7 @@ def train(
     """
     if not encoded:
         raise DataError(f"nothing to train {vlm.name} on: no samples were given")
+    crew = Crew.launched()
     steps = step_count(len(encoded), settings) if steps is None else steps
     order = sample_order(len(encoded), steps * settings.batch_size, settings.seed)
     parameters = prepare_parameters(vlm, settings)
@@ -120,12 +154,14 @@ def train(
         if attempt.steps < steps:
             batches_left = order.reshape(steps, settings.batch_size)[attempt.steps :]
             savers = {step: functools.partial(vlm.save, folder) for step, folder in (milestones or {}).items()}
-            _run_trainer(vlm, encoded, batches_left, optimizer, settings, attempt, checkpoint, out, savers)
+            keeps = (checkpoint, savers) if crew.is_first else (None, {})
+            _run_trainer(vlm, encoded, batches_left, optimizer, settings, crew, attempt, *keeps, out)
     finally:
         _leave_training(vlm, settings)
-    if out:
+    if out and crew.is_first:
         vlm.save(out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    crew.wait()
     return Trained(
         steps=steps,
         samples_seen=len(order),
@@ -246,14 +282,13 @@ class _StepLoss(torch.nn.Module):
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss is scaled for gradient accumulation already
 
-    def __init__(self, vlm: VLM, settings: Train, tokens: int) -> None:
+    def __init__(self, vlm: VLM, settings: Train, processes: int) -> None:
         super().__init__()
-        self.tokens: Tensor | int = (
-            tokens  # seen so far; left on the device, where reading it would hold up the next step
-        )
+        # since last asked; left on the device, where reading it would hold up the next step
+        self.tokens = torch.zeros((), dtype=torch.int64, device=vlm.device)
         self.model = vlm.model
         self.losses = vlm.losses
-        self.batch_size = settings.batch_size
+        self.batch_size = settings.batch_size / processes  # of each, for gradients are averaged over processes
         self.autocast = settings.precision == "bfloat16"
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
@@ -271,11 +306,15 @@ class _Follower(transformers.TrainerCallback):
         attempt: Attempt,
         steps_left: int,
         seed: int,
+        crew: Crew,
+        module: _StepLoss,
         checkpoint: "_Checkpoint | None",
         milestones: Mapping[int, Callable[[], None]],
     ) -> None:
         self.attempt = attempt
         self.seed = seed
+        self.crew = crew
+        self.module = module
         self.checkpoint = checkpoint
         self.milestones = milestones
         self.ticks = track(range(steps_left), "training", steps_left)
@@ -284,7 +323,8 @@ class _Follower(transformers.TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - their signature
         # dropout of a step does not depend on the steps before it, so a checkpoint needs no generator's state
-        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.attempt.steps)).generate_state(1)[0]))
+        drawn_from = (self.seed, self.attempt.steps, *[self.crew.number] * (not self.crew.is_first))
+        torch.manual_seed(int(np.random.SeedSequence(drawn_from).generate_state(1)[0]))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         loss = kwargs["logs"].get("loss")
@@ -297,7 +337,8 @@ class _Follower(transformers.TrainerCallback):
             )
         now = time.monotonic()
         self.attempt.losses.append(loss)
-        self.attempt.tokens = int(kwargs["model"].tokens)
+        self.attempt.tokens += self.crew.sum(self.module.tokens)
+        self.module.tokens.zero_()
         self.attempt.seconds += now - self.noted
         self.noted = now
         next(self.ticks, None)
@@ -314,34 +355,68 @@ def _run_trainer(
     batches: np.ndarray,
     optimizer: torch.optim.Optimizer,
     settings: Train,
+    crew: Crew,
     attempt: Attempt,
     checkpoint: "_Checkpoint | None",
-    out: Path | None,
     milestones: Mapping[int, Callable[[], None]],
+    out: Path | None,
 ) -> None:
     """Take the steps that are left, one for each row of `batches`, [steps, batch_size] indices."""
     start, steps = attempt.steps, attempt.steps + len(batches)
-    micro = settings.micro_batch_size or settings.batch_size
-    micro_batches = [batch[part : part + micro] for batch in batches for part in range(0, settings.batch_size, micro)]
+    parts = micro_batches(settings.batch_size, settings.micro_batch_size, crew.count)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(start + step, steps, settings.warmup_ratio)
     )
     if settings.gradient_checkpointing:
         vlm.base_model.activation_checkpointing_enable({"use_reentrant": False})
+    module = _StepLoss(vlm, settings, crew.count)
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = transformers.Trainer(
-            model=_StepLoss(vlm, settings, attempt.tokens),
-            args=_training_arguments(vlm, settings, math.ceil(settings.batch_size / micro), out or Path(nowhere)),
-            train_dataset=micro_batches,
+            model=module,
+            args=_training_arguments(vlm, settings, len(parts) // crew.count, crew, out or Path(nowhere)),
+            train_dataset=[batch[part] for batch in batches for part in parts],
             data_collator=lambda items: vlm.collate([encoded[i] for i in items[0]]),
             optimizers=(optimizer, schedule),
-            callbacks=[_Follower(attempt, len(batches), settings.seed, checkpoint, milestones)],
+            callbacks=[_Follower(attempt, len(batches), settings.seed, crew, module, checkpoint, milestones)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
 
 
-def _training_arguments(vlm: VLM, settings: Train, accumulation: int, out: Path) -> transformers.TrainingArguments:
+def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int) -> list[slice]:
+    """The parts of a batch that go through the model at once, as many for each process, part by part in turn.
+
+    In one process all but the last have `micro_batch_size`; in several none is larger and sizes differ by one at most.
+    Raises RecipeError where a process would be left without a sample.
+    """
+    micro = min(micro_batch_size or batch_size, batch_size)
+    if processes == 1:
+        return [slice(start, min(start + micro, batch_size)) for start in range(0, batch_size, micro)]
+    count = processes * math.ceil(math.ceil(batch_size / processes) / micro)
+    if count > batch_size:
+        raise RecipeError(
+            f"train.batch_size is {batch_size}, and {processes} processes with micro-batches of {micro} need at least "
+            f"{count} samples a step; raise train.batch_size or start fewer processes"
+        )
+    ends = [round(batch_size * part / count) for part in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def refuse_sharding() -> None:
+    """Raises EnvironmentFault where the launcher asks for FSDP or DeepSpeed: it would train some other way."""
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise EnvironmentFault(
+                f"{name} is set: weights are not sharded over processes here, each holds them all (DDP). Start with "
+                "`accelerate launch --multi_gpu` or torchrun. For a model that does not fit a GPU set train.adapter to "
+                "lora or train.gradient_checkpointing to true, or export and train with a trainer that shards"
+            )
+
+
+def _training_arguments(
+    vlm: VLM, settings: Train, accumulation: int, crew: Crew, out: Path
+) -> transformers.TrainingArguments:
+    refuse_sharding()
     if missing := set(settings.report_to) - set(get_available_reporting_integrations()):
         raise RecipeError(
             f"train.report_to names {', '.join(sorted(missing))}, which is not installed; "
@@ -364,10 +439,12 @@ def _training_arguments(vlm: VLM, settings: Train, accumulation: int, out: Path)
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,  # batches are on the device already
+        average_tokens_across_devices=False,  # would scale the loss, which has its share of the batch already
     )
-    if arguments.world_size > 1:
+    if arguments.world_size != crew.count:
         raise EnvironmentFault(
-            f"training runs in one process, found {arguments.world_size}; start it without torchrun or accelerate"
+            f"the Trainer sees {arguments.world_size} processes and the environment announces {crew.count}; start "
+            "several processes with torchrun or `accelerate launch`"
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # with several GPUs in sight the Trainer would multiply the batch
     return arguments

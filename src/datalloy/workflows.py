@@ -13,23 +13,26 @@ mixture section, what share each domain gets is searched on merged models of one
 and verified by real runs; `mixing.py` knows that half. Filtered within domains, mixed across them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from datalloy import accounts, bakeoff, config, embeddings, leakage, readers, scorers
 from datalloy.attempts import Attempt
 from datalloy.encoding import EncodedSamples
-from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError
+from datalloy.engines import Engine, LocalEngine, Unit, complete, on_ray, processes
+from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError, RunError
 from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
 from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain, export_rows
 from datalloy.mixing import Mixing, Part
@@ -38,25 +41,41 @@ from datalloy.progress import track
 from datalloy.readers import Reject
 from datalloy.run import SCHEMA_VERSION, Run, write_atomically, write_json
 from datalloy.sample import Sample, has_further_frames
-from datalloy.scores import Scores
+from datalloy.scores import Scores, read_table, write_table
 from datalloy.search import Found
 from datalloy.selection import Selection, select
 from datalloy.target_items import TargetItems
 from datalloy.tiny.model import WEIGHTS
-from datalloy.training import train, training_flops
+from datalloy.training import refuse_sharding, train, training_flops
 from datalloy.vlm import VLM, EncodeError
 
 log = logging.getLogger(__name__)
 
+LENGTHS = "lengths.parquet"
 SHARD = 128  # samples in one unit of scoring: what a kill can cost at most
 MIN_TARGET_ITEMS = 8
 
 
 class Workflow:
-    """The stages of one run. Data are read once and models loaded when a stage first needs them."""
+    """The stages of one run. Data are read once and models loaded when a stage first needs them.
 
-    def __init__(self, run: Run) -> None:
+    Without an engine, all work is done in this process.
+    """
+
+    def __init__(self, run: Run, engine: Engine | None = None) -> None:
         self.run, self.recipe = run, run.recipe
+        self.engine = engine or LocalEngine(self)
+        self._ready: dict[str, tuple[scorers.Scorer, scorers.Rater | None]] = {}  # of the scorer at work
+
+    def perform(self, unit: Unit, coming: Unit | None = None) -> None:
+        """Do one unit of work for an engine and commit its record."""
+        match unit.work:
+            case "score":
+                self._score_shard(unit, coming)
+            case "train":
+                self._train_on(self._kept_indices(self.select()), unit.name, self.run.path(unit.name))
+            case _:
+                self.mixing.perform(unit)
 
     # --- check: files in, samples that a model can be trained on out -------------------------------------------
 
@@ -74,7 +93,8 @@ class Workflow:
         read = {key: len(sets[key]) + len(rejects[key]) for key in sets}
         done = self.run.finished("check")
         if done is None:
-            further_frames = self._refuse_unusable(sets, rejects)
+            further_frames, lengths = self._refuse_unusable(sets, rejects)
+            usable = {key: list(group) for key, group in sets.items()}
             self._refuse_leaks(sets, rejects)
             rejected_at = {key: [[str(reject.path), reject.row] for reject in bad] for key, bad in rejects.items()}
             lines = [
@@ -91,7 +111,8 @@ class Workflow:
             counts = self._count(sets, rejects, read) | {"first_frame_only": further_frames}
             write_json(self.run.path("check.json"), counts)
             self._refuse_over_budget(counts)
-            files = [self.run.path("check.json"), self.run.path("rejected.jsonl")]
+            self._write_lengths(sets, usable, lengths)
+            files = [self.run.path(name) for name in ("check.json", "rejected.jsonl", LENGTHS)]
             done = self.run.commit("check", files, {"counts": counts, "digest": digest, "rejected_at": rejected_at})
         kept = self._by_section(sets)
         self._refuse_changed(done["digest"], digest)
@@ -141,27 +162,55 @@ class Workflow:
             for section in accounts.SECTIONS
         }
 
-    def _refuse_unusable(self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]) -> dict[str, int]:
+    def _refuse_unusable(
+        self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]
+    ) -> tuple[dict[str, int], dict[str, list[tuple[int, int]]]]:
         """Move what the model cannot be given from `sets` to `rejects`: too long, a picture that is none, ...
 
-        Returns how many samples of each set show pictures with further frames or pages, which nobody will see.
+        Returns how many samples of each set show pictures with further frames or pages, which nobody will see, and of
+        each sample that is left its supervised tokens and all its tokens.
         """
         further_frames = dict.fromkeys(sets, 0)
+        lengths: dict[str, list[tuple[int, int]]] = {key: [] for key in sets}
         every = [(key, sample) for key, group in sets.items() for sample in group]
         for key in sets:
             sets[key] = []
         for key, sample in track(every, "check", len(every)):
             try:
-                self._proxy_base.encode(sample, max_tokens=self.recipe.train.max_tokens)
+                encoded = self._proxy_base.encode(sample, max_tokens=self.recipe.train.max_tokens)
             except EncodeError as error:
                 rejects[key].append(_reject(sample, error.reason, str(error)))
             else:
                 sets[key].append(sample)
+                lengths[key].append((encoded.supervised_tokens, encoded.length))
                 further_frames[key] += any(map(has_further_frames, sample.images))
         for key, count in further_frames.items():
             if count:
                 log.warning("%s: of %d samples' animations and documents only the first frame is seen", key, count)
-        return further_frames
+        return further_frames, lengths
+
+    def _write_lengths(
+        self,
+        sets: Mapping[str, list[Sample]],
+        usable: Mapping[str, list[Sample]],
+        lengths: Mapping[str, list[tuple[int, int]]],
+    ) -> None:
+        """Keep the lengths of the pool, so that no sample is encoded a second time only to be counted.
+
+        `sets` is `usable` without leaked samples, in the same order; `lengths` belong to `usable`.
+        """
+        rows = []
+        for name in self.recipe.domains:
+            key = f"domains.{name}"
+            left = iter(sets[key])
+            awaited = next(left, None)
+            for sample, tokens in zip(usable[key], lengths[key], strict=True):
+                if sample is awaited:
+                    rows.append((sample.id, name, *tokens))
+                    awaited = next(left, None)
+        columns = ("id", "domain", "supervised_tokens", "length_tokens")
+        table = pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
+        write_table(self.run.path(LENGTHS), table, kind="lengths", version=1, metadata={})
 
     def _refuse_leaks(self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]) -> None:
         """Move leaked samples of the pool from `sets` to `rejects`. Raises LeakageError where the recipe says so."""
@@ -337,33 +386,65 @@ class Workflow:
     @property
     def _methods(self) -> list[str]:
         """Scorers that need a pass of their own; the baselines follow from the columns of any table."""
-        settings = self.recipe
-        wanted = settings.select.bakeoff_arms if settings.score.method == "auto" else (settings.score.method,)
-        return [method for method in wanted if method not in scorers.BASELINES] or ["loss"]
+        method = self.recipe.score.method
+        wanted: Sequence[str] = self.recipe.select.bakeoff_arms if method == "auto" else (method,)
+        passes = [method for method in wanted if method not in scorers.BASELINES]
+        return passes or (["lengths"] if set(wanted) <= scorers.WITHOUT_MODEL else ["loss"])
 
     def _table(self, method: str) -> Scores:
         target = self.run.path(f"scores/{method}.parquet")
         if self.run.finished(f"scores/{method}") is not None:
             return self._refuse_unscored(Scores.read(target))
-        shards = self._shards()
-        scorer: scorers.Scorer | None = None
-        rater: scorers.Rater | None = None
-        for number, shard in enumerate(track(shards, f"score ({method})", len(shards))):
-            unit, path = f"scores/{method}/{number:05d}", self.run.path(f"scores/{method}/{number:05d}.parquet")
-            if self.run.finished(unit) is None:
-                scorer = scorer or self._scorer(method)
-                if method in scorers.RATERS:
-                    rater = rater or self._rater(method)
-                if number + 1 < len(shards):
-                    self._encoded_pool.read_ahead(shards[number + 1])
-                started = time.monotonic()
-                self._score_rows(scorer, rater, shard, method, unit).write(path)
-                self.run.commit(unit, [path], {"seconds": time.monotonic() - started})
-        parts = [Scores.read(self.run.path(f"scores/{method}/{n:05d}.parquet")) for n in range(len(shards))]
-        table = replace(Scores.concat(parts), metadata=self._score_metadata(method))
+        table = self._unscored() if method == "lengths" else self._scored_in_shards(method)
         table.write(target)
         self.run.commit(f"scores/{method}", [target])
         return self._refuse_unscored(table)
+
+    def _unscored(self) -> Scores:
+        """The pool with its lengths alone: all that baselines without a model need."""
+        self.check()
+        table, _ = read_table(self.run.path(LENGTHS), kind="lengths", version=1)
+        nothing_N = np.full(len(table), np.nan)
+        return Scores.from_columns(
+            **{name: table[name].to_numpy() for name in table.column_names},
+            loss=nothing_N,
+            utility=np.zeros(len(table)),
+            utility_by_target={},
+            utility_se=nothing_N,
+            state=np.full(len(table), "ok"),
+            metadata={"method": "lengths", "signed": False},
+        )
+
+    def _scored_in_shards(self, method: str) -> Scores:
+        units = [
+            Unit(f"scores/{method}/{number:05d}", "score", "score", (method, shard.start, shard.stop))
+            for number, shard in enumerate(self._shards())
+        ]
+        if any(self.run.finished(unit.name) is None for unit in units):
+            self._prepare_scoring(method)
+            complete(self.engine, self.run, units, f"score ({method})")
+        parts = [Scores.read(self.run.path(f"{unit.name}.parquet")) for unit in units]
+        table = replace(Scores.concat(parts), metadata=self._score_metadata(method))
+        self._ready.clear()
+        return table
+
+    def _prepare_scoring(self, method: str) -> None:
+        """What all shards need and one process has to make: the tuned proxy and the probes."""
+        self.warm_up()
+        if method not in ("loss", *scorers.RATERS):
+            _ = self._probing
+
+    def _score_shard(self, unit: Unit, coming: Unit | None) -> None:
+        started = time.monotonic()
+        method, *ends = unit.arguments
+        if coming is not None:
+            self._encoded_pool.read_ahead(range(*coming.arguments[1:]))
+        path = self.run.path(f"{unit.name}.parquet")
+        if method not in self._ready:
+            rater = self._rater(method) if method in scorers.RATERS else None
+            self._ready = {method: (self._scorer(method), rater)}
+        self._score_rows(*self._ready[method], range(*ends), method, unit.name).write(path)
+        self.run.commit(unit.name, [path], {"seconds": time.monotonic() - started})
 
     def _scorer(self, method: str) -> scorers.Scorer:
         probing = None if method in ("loss", *scorers.RATERS) else self._probing
@@ -573,12 +654,13 @@ class Workflow:
         if scorer not in scorers.BASELINES:
             return self._tables[scorer]
         table = self.score()
-        keys = {(s.domain, s.id): s.content_hash for s in self.pool}
-        rows = [keys[row] for row in zip(table.domain, table.id, strict=True)]
-        seen = scorers.Seen(table.loss, table.supervised_tokens, rows, self.recipe.select.seed)
+        self._check_order(table.domain, table.id)
+        contents = [sample.content_hash for sample in self.pool]
+        seen = scorers.Seen(table.loss, table.supervised_tokens, contents, self.recipe.select.seed)
         utility_N = scorers.BASELINES[scorer](seen)
-        # what a rater could not rate has a loss all the same
-        state_N = np.where(np.isfinite(table.loss), "ok", np.where(table.is_ok, "nonfinite", table.state))
+        # what a rater could not rate has a loss all the same; where no model was asked there are no losses at all
+        is_usable_N = table.is_ok if table.metadata["method"] == "lengths" else np.isfinite(table.loss)
+        state_N = np.where(is_usable_N, "ok", np.where(table.is_ok, "nonfinite", table.state))
         return table.with_utility(utility_N, state_N, {"method": scorer, "signed": False})
 
     def _chosen_arm(self) -> tuple[bakeoff.Arm, dict[str, Any] | None]:
@@ -636,8 +718,14 @@ class Workflow:
         return np.array(self.run.once(unit, measure)["values"])
 
     def _kept_indices(self, selection: Selection) -> list[int]:
-        index = {(s.domain, s.id): i for i, s in enumerate(self.pool)}
-        return [index[key] for key in zip(*selection.kept_keys(), strict=True)]
+        self._check_order(selection.domain, selection.id)
+        return np.flatnonzero(selection.kept).tolist()
+
+    def _check_order(self, domain_N: np.ndarray, id_N: np.ndarray) -> None:
+        """Rows of a table are the samples of the pool, one by one: no index of a million keys is needed."""
+        pairs = zip(self.pool, domain_N, id_N, strict=True)
+        if not all(sample.domain == domain and sample.id == name for sample, domain, name in pairs):
+            raise RunError(f"a table of {self.run.folder} does not hold the pool's samples in their order; start anew")
 
     @property
     def _final_steps(self) -> int:
@@ -649,8 +737,7 @@ class Workflow:
     @cached_property
     def _training_flops_N(self) -> np.ndarray:
         """Training FLOPs of one pass over each sample, in the order of the pool."""
-        table = self.score()
-        return np.array([training_flops(self._base, int(tokens)) for tokens in table.length_tokens], dtype=float)
+        return training_flops(self._base, 1) * self.score().length_tokens.astype(float)
 
     # --- mix, verify: kept samples in, shares of the domains out ------------------------------------------------
 
@@ -669,7 +756,7 @@ class Workflow:
         if settings is None:
             raise RecipeError("the recipe has no mixture section; `mixture: {}` switches the search on, all defaults")
         total = self._final_steps * self.recipe.train.batch_size
-        return Mixing(self.run, settings, self._base, self._parts(settings), self.targets, total)
+        return Mixing(self.run, self.engine, settings, self._base, self._parts(settings), self.targets, total)
 
     def _parts(self, settings: config.Mixture) -> list[Part]:
         """What gets a weight of its own: domains, of their selected samples or all; or score buckets of domains."""
@@ -709,9 +796,10 @@ class Workflow:
         """Tune the base model on what was kept, in the shares that were found. Writes `model/`."""
         folder = self.run.path("model")
         if self.recipe.mixture is None:
-            self._train_on(self._kept_indices(self.select()), "model", folder)
+            self.select()
+            complete(self.engine, self.run, [Unit("model", "train", "train")], "train")
         else:
-            self.mixing.train_final("model", folder)
+            self.mixing.train_final()
         return folder
 
     def _train_on(self, indices: Sequence[int], unit: str, folder: Path) -> dict[str, Any]:
@@ -872,6 +960,37 @@ def _reject(sample: Sample, reason: str, detail: str) -> Reject:
     return Reject(origin.path, origin.row, origin.line, sample.id, reason, detail)
 
 
+def open_worker(recipe: config.Recipe, folder: Path) -> Workflow:
+    """A worker on the run folder that another process has open."""
+    return Workflow(Run(recipe, folder).join())
+
+
+@contextlib.contextmanager
+def open_workflow(run: Run) -> Iterator[Workflow]:
+    """The stages of an open run on the engine that the recipe, or the launcher of this process, asks for.
+
+    Raises RecipeError, EnvironmentFault.
+    """
+    workflow = Workflow(run)
+    if processes.count() > 1 and run.recipe.engine != "local":
+        raise RecipeError(f"engine is {run.recipe.engine} and torchrun started {processes.count()} processes; use one")
+    if processes.count() > 1:
+        refuse_sharding()
+        workflow.engine = processes.ProcessEngine(workflow)
+    elif run.recipe.engine == "ray":
+        workflow.engine = on_ray.RayEngine(run.recipe, run.folder, open_worker)
+    try:
+        yield workflow
+    finally:
+        workflow.engine.close()
+
+
+def serve_workflow(recipe: config.Recipe, folder: Path | None) -> None:
+    """What every process of torchrun but the first does: what the first tells it to."""
+    run = Run(recipe, folder)
+    processes.serve(lambda: Workflow(run.join()))
+
+
 def _as_data(result: Evaluation) -> dict[str, Any]:
     """An evaluation as plain data: the headline, and every item's value and answer."""
     data = asdict(result)
@@ -888,5 +1007,7 @@ def _buckets(samples: Sequence[Sample], utility: Mapping[tuple[str, str], float]
 
 def _digest(samples: Sequence[Sample]) -> str:
     """One hash over the content of all samples, whatever their order."""
-    keys = sorted(f"{s.domain} {s.id} {s.content_hash}" for s in samples)
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for s in sorted(samples, key=lambda s: (s.domain, s.id, s.content_hash)):
+        digest.update(f"{s.domain} {s.id} {s.content_hash}\n".encode())
+    return digest.hexdigest()

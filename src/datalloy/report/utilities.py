@@ -154,7 +154,8 @@ def _losses(scores: Scores) -> str:
             *(number(float(q)) for q in np.nanquantile(scores.loss[mask], (0.25, 0.5, 0.75))),
         ]
         for domain in sorted(set(scores.domain))
-        for mask in [scores.domain == domain]
+        for mask in [(scores.domain == domain) & np.isfinite(scores.loss)]
+        if mask.any()  # there are no losses where the scorer asks no model
     ]
     head = ["domain", "samples", "loss 25 %", "median", "75 %"]
     return table(head, rows, numeric=range(1, 5), label="losses by domain")

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from datalloy.config import Score
 from datalloy.errors import AgreementError
-from datalloy.scorers.baselines import BASELINES, LossScorer, Seen
+from datalloy.scorers.baselines import BASELINES, WITHOUT_MODEL, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.deita import DeitaRater
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
@@ -40,6 +40,7 @@ __all__ = [
     "GRID",
     "RATERS",
     "SCAN_PROBES",
+    "WITHOUT_MODEL",
     "WITHOUT_STEP",
     "DeitaRater",
     "JudgeRater",

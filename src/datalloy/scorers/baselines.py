@@ -50,6 +50,8 @@ def length(seen: Seen) -> np.ndarray:
     return seen.tokens_N.astype(float)
 
 
+WITHOUT_MODEL = {"random", "length"}  # need no loss, so no pass of the proxy
+
 BASELINES: dict[str, Callable[[Seen], np.ndarray]] = {
     "random": random_score,
     "low_loss": low_loss,
