@@ -215,12 +215,12 @@ class World:
         """Spearman with exact, over the whole pool, and the AUC of every score for clean against faulty."""
         found = {}
         for name in (*UTILITIES, "low_loss"):
-            found[f"auc {name}"] = _auc(self.scores(Job(name)).utility, self.is_clean_N)
-            found[f"auc {name}, hard"] = _auc(self.scores(Job(name)).utility, self.is_clean_N, self.hard_N)
+            found[f"auc {name}"] = auc(self.scores(Job(name)).utility, self.is_clean_N)
+            found[f"auc {name}, hard"] = auc(self.scores(Job(name)).utility, self.is_clean_N, self.hard_N)
         return found
 
 
-def _auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None = None) -> float | None:
+def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None = None) -> float | None:
     good, bad = score_N[is_good_N if among_N is None else is_good_N & among_N], score_N[~is_good_N]
     if not len(good) or not len(bad):
         return None

@@ -20,7 +20,7 @@ import numpy as np
 
 RESULTS = Path("experiments/results")
 PAGE = Path("docs/evidence.md")
-RESAMPLES = 2000
+RESAMPLES = 1000
 NAMES = {
     "base": "base, untrained",
     "full": "full SFT",
@@ -214,6 +214,22 @@ def separation() -> str:
     return table(["world", *(NAMES[name] for name in names)], rows)
 
 
+def other_losses() -> str:
+    """AUC of losses under tuned proxies, mean over pools."""
+    path = RESULTS / "other_losses.json"
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    names = list(dict.fromkeys(row["world"] for row in found))
+    rows = []
+    for score, steps in dict.fromkeys((row["score"], row["steps"]) for row in found):
+        cells = []
+        for world in names:
+            picked = [r for r in found if (r["world"], r["score"], r["steps"]) == (world, score, steps)]
+            cells.append(f"{np.mean([r['auc'] for r in picked]):.2f} ({np.mean([r['auc hard'] for r in picked]):.2f})")
+        rows.append([score, str(steps), *cells])
+    pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
+    return table(["score", "steps", *(f"{w} ({n})" for w, n in zip(names, pools, strict=True))], rows)
+
+
 @cache
 def mixture_results() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mixtures_*.json"))]
@@ -274,6 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faulty and hard at 20 %": lambda: kept_faults(0.2),
     "auto": auto,
     "separation": separation,
+    "other losses": other_losses,
     "mixture agreement": mixture_agreement,
     "mixture curves": mixture_curves,
 }

@@ -1,0 +1,30 @@
+"""docs/evidence.md says what the committed results say."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+evidence = pytest.importorskip("evidence", reason="scripts/ is not beside the tests")
+
+
+def test_every_table_of_the_page_is_what_the_results_give(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = evidence.PAGE.read_text()
+    assert evidence.filled(page) == page, "run `python scripts/evidence.py`"
+
+
+def test_an_interval_over_equal_values_is_that_value():
+    assert evidence.interval([np.full(50, 0.25), np.full(50, 0.25)]) == (0.25, 0.25, 0.25)
+
+
+def test_the_interval_of_a_difference_is_paired():
+    one = {0: np.arange(100) % 2.0}
+    assert evidence.difference(one, {0: one[0] - 0.1}) == "+0.100 [+0.100, +0.100]"
+
+
+def test_differences_are_over_the_pools_that_both_have():
+    assert evidence.difference({0: np.ones(5)}, {1: np.ones(5)}) == ""
