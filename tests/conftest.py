@@ -44,3 +44,11 @@ def text_only() -> Sample:
 @pytest.fixture(scope="session")
 def pool(proxy, drawn, text_only) -> list[Encoded]:
     return [*drawn[8:19], proxy.encode(text_only)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Hostile text that a test logs may hold lone surrogates, which cannot be sent from one process to another."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report

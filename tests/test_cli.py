@@ -22,6 +22,7 @@ base: tiny
 domains: {chart: {path: chart.jsonl}}
 targets: {goal: {path: goal.jsonl}}
 """
+WARNING = "warning: 1 records cannot be used and are left out; file, line and reason of each are in out/rejected.jsonl"
 VERBS = ("check", "score", "select", "mix", "verify", "train", "evaluate", "export", "run")
 COUNTS = {
     "domains": {"chart": 3},
@@ -63,6 +64,7 @@ def test_results_go_to_stdout_and_the_last_line_is_the_artefact(recipe, check, c
         ["rejected:", "1"],
         ["too_long", "1"],
         ["duplicates", "in", "the", "pool:", "0", "exact,", "0", "near"],
+        WARNING.split(),
         ["out/check.json"],
     ]
     assert output.err == ""
@@ -275,7 +277,7 @@ def test_a_data_file_that_is_missing_is_named(recipe, capsys):
 # --- processes -------------------------------------------------------------------------------------------------------
 
 SLOW = """\
-import sys, time, types
+import contextlib, sys, time, types
 class Workflow:
     def __init__(self, run): self.run = run
     score = select = mix = verify = train = evaluate = export = run_all = None
@@ -287,8 +289,10 @@ class Workflow:
             print("kept by a library", flush=True)
         finally:
             if "--set" in sys.argv: print("cleaning", flush=True); time.sleep(60)
-for name in ("datalloy.workflows", "datalloy.report"):  # torch is not needed here and takes seconds
-    sys.modules[name] = types.SimpleNamespace(Workflow=Workflow, write_report=None)
+@contextlib.contextmanager
+def open_workflow(run): yield Workflow(run)
+stub = types.SimpleNamespace(open_workflow=open_workflow, serve_workflow=None, write_report=None)
+sys.modules |= {"datalloy.workflows": stub, "datalloy.report": stub}  # torch is not needed here and takes seconds
 from datalloy import cli
 cli.main()
 """

@@ -469,10 +469,13 @@ def test_a_kill_before_the_record_leaves_the_unit_unfinished(opened, monkeypatch
 
 
 def test_no_module_asks_what_time_it_is_but_to_say_when_a_run_started():
-    """Durations come from a clock that never jumps; nothing is decided by the age of a file."""
+    """Durations come from a clock that never jumps; nothing is decided by the age of a file.
+
+    But a judge's server may name the hour at which it wants to be asked again.
+    """
     source = Path(run_module.__file__).parent
-    clock = re.compile(r"time\.(time|time_ns|localtime|ctime)\(|datetime\.|st_[amc]time|getmtime")
+    clock = re.compile(r"time\.(?:time|time_ns|localtime|ctime)\(|datetime\.(?!timedelta)|st_[amc]time|getmtime")
     found = {
         path.name: clock.findall(path.read_text()) for path in source.rglob("*.py") if clock.search(path.read_text())
     }
-    assert found == {}
+    assert found == {"judge_client.py": ["time.time("]}

@@ -252,7 +252,9 @@ def test_every_kind_of_picture_that_readers_make_can_be_shown():
 
 def _reads_bytes(node: ast.ClassDef) -> bool:
     methods = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
-    return "read" in methods and ast.unparse(methods["read"].returns or ast.Constant(None)) == "bytes"
+    read = methods.get("read")
+    # without arguments: all of it, as pictures are read; with a size it is a file
+    return read is not None and len(read.args.args) == 1 and ast.unparse(read.returns or ast.Constant(None)) == "bytes"
 
 
 # --- overruling ------------------------------------------------------------------------------------------------------
