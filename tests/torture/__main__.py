@@ -36,6 +36,7 @@ from typing import Any
 from datalloy import cli, training, vlm, workflows
 from datalloy.config import load_recipe
 from datalloy.durable import write_json
+from datalloy.readers import read_all
 from datalloy.report import write_report  # noqa: F401 - loaded before the first fork
 from datalloy.run import LIBRARIES, Run
 from datalloy.scorers.baselines import LossScorer
@@ -335,8 +336,7 @@ class Torture:
         self.begin()
         recipe = self.world / "recipe.yaml"
         recipe.write_text(RECIPE + "max_rejected_fraction: 0.2\n")
-        pool = workflows.Workflow(Run(load_recipe(recipe), self.world / "nowhere"))
-        sample = next(s for s in pool._read_all()[0]["domains"]["counting"])
+        sample = read_all(load_recipe(recipe).domains["counting"], "counting")[0][0]
         ids = vlm.VLM.load("tiny").encode(sample).inputs["input_ids"][0].tolist()
         score = LossScorer.score
 
