@@ -60,7 +60,7 @@ evaluate: {resamples: 50}
 """
 SHARD = 8
 STAGES = ("check", "proxy", "scores", "selection", "model", "evaluation", "export", "status")
-NOT_COMPARED = {"run.lock", "provenance.json", "report.html"}  # the time of day, how long things took
+NOT_COMPARED = {"run.lock", "provenance.json", "report.html", "events.jsonl"}  # the time of day, how long things took
 UNREAD = ("proxy/", "scores/", "units/proxy", "units/scores--")
 VOLATILE = ("seconds", "flops")
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -237,7 +237,7 @@ class Torture:
         self.begin()
         self._expect(self.attempt() == 0, "no finished run to damage")
         names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        read_again = [n for n in names if n != "run.lock" and not n.startswith(UNREAD)]
+        read_again = [n for n in names if n not in ("run.lock", "events.jsonl") and not n.startswith(UNREAD)]
         for number, name in enumerate(read_again):
             way = DAMAGE[number % len(DAMAGE)]
             whole = (self.folder / name).read_bytes()
