@@ -58,7 +58,7 @@ def check(monkeypatch):
 def test_results_go_to_stdout_and_the_last_line_is_the_artefact(recipe, check, capsys):
     assert cli.answer(["check", recipe, "--run", "out"]) == 0
     output = capsys.readouterr()
-    assert [line.split() for line in output.out.splitlines()] == [
+    assert [line.split() for line in output.out.splitlines() if not line.startswith("warning:")] == [
         ["domains", "chart", "3", "samples"],
         ["targets", "goal", "2", "samples"],
         ["rejected:", "1"],
@@ -334,8 +334,9 @@ def test_a_stage_that_does_not_listen_is_ended_after_the_grace_time(recipe):
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "working\n"
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=20)
     assert (out, process.returncode) == ("cleaning\n", 130)
+    assert err.splitlines()[-1].startswith("datalloy: stopped by SIGINT; resume with: datalloy ")
 
 
 def test_help_imports_nothing_heavy():

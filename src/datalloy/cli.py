@@ -391,10 +391,11 @@ def _listen_to_signals() -> None:
 
 
 def _end_after_grace(reader: int) -> None:
+    """Ends the process some time after the first signal. It says how to go on, as nobody else has by then."""
     while (number := os.read(reader, 1)[0]) not in STOPPING:
         pass  # a library listens to a signal of its own
     time.sleep(GRACE_SECONDS)
-    os._exit(EXIT_SIGNAL + number)
+    os._exit(_refuse(_stopped_by(number, sys.argv[1:]), EXIT_SIGNAL + number))
 
 
 def main() -> None:
@@ -429,8 +430,7 @@ def answer(arguments: Sequence[str]) -> int:
     except DatalloyError as error:
         return _refuse(str(error), error.exit_code)
     except _Stopped as stopped:
-        name = signal.Signals(stopped.number).name
-        return _refuse(f"stopped by {name}; resume with: {_command(arguments)}", EXIT_SIGNAL + stopped.number)
+        return _refuse(_stopped_by(stopped.number, arguments), EXIT_SIGNAL + stopped.number)
     except MemoryError:
         kept = f"what is finished is kept; resume with: {_command(arguments)}"
         return _refuse(f"out of memory; {kept}", EXIT_ENVIRONMENT)
@@ -439,6 +439,10 @@ def answer(arguments: Sequence[str]) -> int:
             raise
         mend = f"What is finished is kept; mend this and resume with: {_command(arguments)}"
         return _refuse(f"the system refused: {error}. {mend}", EXIT_ENVIRONMENT)
+
+
+def _stopped_by(number: int, arguments: Sequence[str]) -> str:
+    return f"stopped by {signal.Signals(number).name}; resume with: {_command(arguments)}"
 
 
 def _command(arguments: Sequence[str]) -> str:
