@@ -472,7 +472,7 @@ def main() -> int:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    command = ["git", "rev-parse", "--short", "HEAD"]
     return (
         subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
         or "unknown"
