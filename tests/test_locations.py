@@ -122,7 +122,6 @@ def hub_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("address", ["org/name/en#train", f"org/name@{COMMIT}/en#train", "org/name#train"])
 def test_a_dataset_of_the_hub_is_read_from_its_cache(hub_cache, address):
-    pytest.importorskip("huggingface_hub")
     assert names(f"hf://datasets/{address}", hub_cache) == ["en/train-0.parquet"]
 
 

@@ -53,12 +53,15 @@ class TestGaussianProcess(SurrogateContract):
         return SURROGATES["gaussian_process"]
 
 
+NO_TREES = "LightGBM is not installed; pip install 'datalloy[regmix]'"
+
+
 class TestRegMix(SurrogateContract):
     domains_are_alike = False
 
     @pytest.fixture
     def make(self):
-        pytest.importorskip("lightgbm")
+        pytest.importorskip("lightgbm", reason=NO_TREES)
         return SURROGATES["regmix"]
 
 
@@ -67,7 +70,7 @@ class TestRegMixTuned(SurrogateContract):
 
     @pytest.fixture
     def make(self):
-        pytest.importorskip("lightgbm")
+        pytest.importorskip("lightgbm", reason=NO_TREES)
         return SURROGATES["regmix_tuned"]
 
 
@@ -77,7 +80,7 @@ class TestRivals(RivalContract):
     def _small(self, rival, monkeypatch):
         """Trees are slow to ask 100,000 times."""
         if rival in proposals.PIECEWISE_CONSTANT:
-            pytest.importorskip("lightgbm")
+            pytest.importorskip("lightgbm", reason=NO_TREES)
         monkeypatch.setattr(proposals, "TREE_DRAWS", 1000)
         monkeypatch.setattr(proposals, "DRAWS", 500)
 
@@ -185,7 +188,7 @@ def test_noise_is_not_fitted():
 
 
 def test_regmix_as_published_predicts_a_constant_below_forty_runs():
-    pytest.importorskip("lightgbm")
+    pytest.importorskip("lightgbm", reason=NO_TREES)
     weight_NK = dirichlet(DOMAINS, 50, 0)
     spreads = [
         np.ptp(fitted(SURROGATES["regmix"], weight_NK[:rows], smooth(weight_NK[:rows])).predict(weight_NK))
@@ -197,7 +200,7 @@ def test_regmix_as_published_predicts_a_constant_below_forty_runs():
 
 def test_tuned_trees_find_a_step_among_a_dozen_runs():
     """Which takes leaves of 2 rows and bins of one: with the library's bins of three the edge is off by some runs."""
-    pytest.importorskip("lightgbm")
+    pytest.importorskip("lightgbm", reason=NO_TREES)
     weight_NK, held_out_MK = dirichlet(3, 12, 0), dirichlet(3, 200, 1)
     model = fitted(SURROGATES["regmix_tuned"], weight_NK, (weight_NK[:, 1] > 0.3).astype(float))
     assert spearmanr(model.predict(held_out_MK), held_out_MK[:, 1] > 0.3).statistic > 0.95
@@ -265,7 +268,7 @@ def test_a_corner_of_many_domains_is_found():
 
 
 def test_trees_that_cannot_split_propose_the_middle(monkeypatch):
-    pytest.importorskip("lightgbm")
+    pytest.importorskip("lightgbm", reason=NO_TREES)
     monkeypatch.setattr(proposals, "TREE_DRAWS", 10_000)
     weight_NK = dirichlet(3, 39, 0)
     proposal_K = RIVALS["regmix"](Evidence(weight_NK, weight_NK[:, 0]), Simplex.free("abc"), 0)
@@ -273,7 +276,7 @@ def test_trees_that_cannot_split_propose_the_middle(monkeypatch):
 
 
 def test_trees_propose_the_middle_of_their_best_region(monkeypatch):
-    pytest.importorskip("lightgbm")
+    pytest.importorskip("lightgbm", reason=NO_TREES)
     monkeypatch.setattr(proposals, "TREE_DRAWS", 10_000)
     weight_NK = dirichlet(3, 60, 0)
     known = Evidence(weight_NK, (weight_NK[:, 1] > 0.5).astype(float) - (weight_NK[:, 1] > 0.8))

@@ -86,7 +86,7 @@ class TargetItems:
     @property
     def item_weight_V(self) -> np.ndarray:
         """Weight of each item in the weighted mean over targets of the mean over items; sums to one."""
-        return (self.weight_G / self.count_G)[self.target_V]
+        return item_weights(self.weight_G, self.target_V)
 
     def gather(self, loss_by_batch: Sequence[Tensor]) -> np.ndarray:
         """Losses computed batch by batch, as one float64 array in the order of V."""
@@ -134,3 +134,8 @@ class TargetItems:
                 if part is not None:
                     sum_ += part
         return total
+
+
+def item_weights(weight_G: np.ndarray, target_V: np.ndarray) -> np.ndarray:
+    """Weight of each item, [V], where targets count by `weight_G`, which sums to one, and a target's items alike."""
+    return (weight_G / np.bincount(target_V, minlength=len(weight_G)))[target_V]

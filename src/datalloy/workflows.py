@@ -44,7 +44,7 @@ from datalloy.sample import Sample, has_further_frames
 from datalloy.scores import Scores, read_table, write_table
 from datalloy.search import Found
 from datalloy.selection import Selection, select
-from datalloy.target_items import TargetItems
+from datalloy.target_items import TargetItems, item_weights
 from datalloy.tiny.model import WEIGHTS
 from datalloy.training import refuse_sharding, train, training_flops
 from datalloy.vlm import VLM, EncodeError
@@ -704,7 +704,7 @@ class Workflow:
     def _item_weights(self, items: MetricItems) -> np.ndarray:
         """Weight of each item in the weighted mean over targets of the mean over items, [V]; sums to one."""
         weight_G = np.array([self.recipe.targets[name].weight for name in items.names])
-        return (weight_G / weight_G.sum() / np.bincount(items.target_V))[items.target_V]
+        return item_weights(weight_G / weight_G.sum(), items.target_V)
 
     def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: MetricItems) -> np.ndarray:
         def measure() -> dict[str, Any]:
