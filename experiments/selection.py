@@ -2,13 +2,17 @@
 
     python experiments/selection.py --seeds 0 1 2                       (all worlds, the main arms)
     python experiments/selection.py --seeds 0 --worlds clean --phases main more
+    python experiments/selection.py --base shipped --worlds clean       (the base that has nothing left to learn)
 
-In every world the pool is scored by every method; the base is trained on what each keeps of each domain, at equal
-compute (100 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300 held-out
-questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about four
-samples of five. `auto` is the bake-off of the default recipe with fractions 20, 50 and 80 %; its row says what it
-chose and what it cost. Resumable: what has a record in --runs is not computed again, and rows are gathered from the
-records. About 20 seconds of one core a row. `scripts/evidence.py` makes the tables of docs/evidence.md from the rows.
+In every world the pool is scored by every method; the base (bases.py) is trained on what each keeps of each domain, at
+equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
+held-out questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about
+four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
+over near-copies. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
+a random one of the rest. `auto` is the bake-off of the default recipe with fractions 20, 50 and 80 %; its row says
+what it chose and what everything cost. Resumable: what has a record in --runs is not computed again, and rows are
+gathered from the records. About 8 seconds of one core a row, 2 minutes of scoring a world. `scripts/evidence.py` makes
+the tables of docs/evidence.md from the rows.
 """
 
 import argparse
@@ -18,15 +22,17 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bases import BASES, base_path
 
 from datalloy import bakeoff
 from datalloy.config import load_recipe
-from datalloy.evaluation import answer_losses, answer_probabilities, count_tokens, evaluate
+from datalloy.evaluation import MetricItems
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.scores import Scores
 from datalloy.selection import select
@@ -39,7 +45,7 @@ DOMAINS = ("chart", "counting")
 PER_DOMAIN = 160
 TARGET_ITEMS = 64  # a target: half of them score, half judge the bake-off
 HOLDOUT_ITEMS = 150
-BATCH, STEPS = 16, 100
+BATCH, STEPS = 16, 40
 
 
 def plan(faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None) -> PoolPlan:
@@ -64,16 +70,16 @@ WORLDS: dict[str, PoolPlan] = {
     "near-copies 50 %": plan({"near_copy": 0.5}),
     "wrong 10 %": plan({"wrong_answer": 0.1}),
 }
-UTILITIES = ("exact", "calibrated", "tail", "first_order")
+UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 BASELINES = ("low_loss", "mid_loss", "high_loss", "length")
-MAIN = ("exact", "calibrated", "low_loss", "tail", "first_order", "high_loss", "judge")
+MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
-MAIN_FRACTIONS, MORE_FRACTIONS = (0.5, 0.2), (0.1, 0.8)
-JUDGE_ACCURACY = 0.8
-AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 12.0
+PUT_BACK = ("put back worst", "put back random")
+RATING_ACCURACY = 0.8
+AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 8.0
 RECIPE = """\
 name: selection
-base: tiny
+base: {base}
 domains:
   chart: {{path: data/chart.jsonl}}
   counting: {{path: data/counting.jsonl}}
@@ -83,9 +89,9 @@ targets:
 evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
-score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.01, seed: {seed}}}
-select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order], seed: {seed}}}
-train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 1600, seed: {seed}}}
+score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0, seed: {seed}}}
+select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less], seed: {seed}}}
+train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
 leakage: {{on_leak: allow}}
 """
@@ -109,39 +115,43 @@ class Job:
 def jobs(phase: str) -> Iterator[Job]:
     if phase == "main":
         yield from (Job("base"), Job("full"), Job("oracle"))
-        for fraction in MAIN_FRACTIONS:
+        for fraction in (0.5, 0.2):
             yield from (Job(scorer, fraction) for scorer in MAIN)
             yield from (Job("random", fraction, draw) for draw in range(3))
+        yield from (Job(scorer, 0.8) for scorer in (*FEW, "random"))
+        yield from (Job(scorer, 0.5) for scorer in ("high_loss", *PUT_BACK))
         return
-    yield from (Job("random", fraction, draw) for fraction in MAIN_FRACTIONS for draw in (3, 4))
-    yield from (Job(scorer, fraction) for fraction in MAIN_FRACTIONS for scorer in ("mid_loss", "length"))
-    yield from (Job(scorer, fraction) for fraction in MORE_FRACTIONS for scorer in (*FEW, "random"))
-    yield from (Job(s, f, within="global") for f in MAIN_FRACTIONS for s in FEW)
-    for fraction in MAIN_FRACTIONS:
-        yield from (Job(scorer, fraction, protocol="fixed epochs") for scorer in (*FEW, "random"))
-    yield Job("full", protocol="fixed epochs")
+    yield from (Job(scorer, 0.5) for scorer in ("mid_loss", "length"))
+    yield from (Job(scorer, 0.1) for scorer in (*FEW, "random"))
+    yield from (Job(scorer, 0.5, within="global") for scorer in FEW)
+    yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
 class World:
     """One drawn pool, scored once by everything, and the models trained on its parts."""
 
-    def __init__(self, name: str, seed: int, folder: Path, run: Run) -> None:
-        self.name, self.seed, self.run = name, seed, run
+    def __init__(self, name: str, base: str, seed: int, folder: Path, run: Run) -> None:
+        self.name, self.base, self.seed, self.run = name, base, seed, run
         self.workflow = Workflow(run)
         self.truth = read_truth(folder / "data")
         self.fault_N = np.array([self.truth[s.id]["fault"] for s in self.workflow.pool])
         self.hard_N = np.array([self.truth[s.id]["hard"] for s in self.workflow.pool])
 
-    def scores(self, job: Job) -> Scores:
-        if job.scorer in (*UTILITIES, *BASELINES):
-            return self.workflow.scores_by(job.scorer)
-        rng = np.random.default_rng([self.seed, job.draw])
+    def scores(self, scorer: str, draw: int = 0) -> Scores:
+        if scorer in (*UTILITIES, *BASELINES):
+            return self.workflow.scores_by(scorer)
+        rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
-        if job.scorer == "judge":
-            says_good_N = self.is_clean_N ^ (rng.random(len(value_N)) > JUDGE_ACCURACY)
-            value_N = value_N + says_good_N
+        if scorer in ("judge", "deita"):
+            value_N = value_N + self.says(self.is_clean_N, rng)
+        if scorer == "deita":
+            value_N = value_N * (1 + self.says(self.hard_N, rng))
         table = self.workflow.score()
-        return table.with_utility(value_N, table.state, {"method": job.scorer, "signed": False})
+        return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
+
+    def says(self, is_true_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What a rater says who is right about four samples of five."""
+        return is_true_N ^ (rng.random(len(is_true_N)) > RATING_ACCURACY)
 
     @property
     def is_clean_N(self) -> np.ndarray:
@@ -152,13 +162,41 @@ class World:
             return list(range(len(self.fault_N)))
         if job.scorer == "oracle":
             return np.flatnonzero(self.is_clean_N).tolist()
+        if job.scorer in PUT_BACK:
+            return self.put_back(job)
         settings = self.run.recipe.select.model_copy(update={"within": job.within})
-        return self.workflow._kept_indices(select(self.scores(job), settings, fraction=job.fraction))
+        scorer, _, diverse = job.scorer.partition(" ")
+        if diverse:
+            settings = settings.model_copy(update={"diversity": "facility_location"})
+        elif scorer == "deita":
+            settings = settings.model_copy(update={"diversity": "threshold"})
+        scores, directions_ND = self.scores(scorer, job.draw), self.workflow._directions_ND
+        return self.workflow._kept_indices(select(scores, settings, fraction=job.fraction, direction_ND=directions_ND))
+
+    def put_back(self, job: Job) -> list[int]:
+        """The half that exact utility prefers, and a fifth of the pool: the worst, or a random one of the rest."""
+        kept = self.kept(Job("exact", job.fraction))
+        rest = np.setdiff1d(np.arange(len(self.fault_N)), kept)
+        worst_first = rest[np.argsort(self.scores("exact").utility[rest], kind="stable")]
+        if job.scorer == "put back random":
+            worst_first = np.random.default_rng(self.seed).permutation(rest)
+        return sorted([*kept, *worst_first[: len(self.fault_N) // 5].tolist()])
 
     def row(self, job: Job) -> dict[str, Any]:
         kept = self.kept(job)
         measured = self.run.once(f"train/{job.name}", lambda: self.measure(job, kept))
-        return {"world": self.name, "seed": self.seed, **vars(job), **measured}
+        return {"world": self.name, "base": self.base, "seed": self.seed, **vars(job), **measured}
+
+    @cached_property
+    def questions(self) -> dict[str, MetricItems]:
+        """The held-out questions of all targets, marked and by the probability of the answer."""
+        work = self.workflow
+        return {
+            metric: MetricItems.lay_out(
+                work._base, work.evaluation, dict.fromkeys(work.evaluation, metric), self.run.recipe.evaluate, blocks=1
+            )
+            for metric in ("exact_match", "answer_probability")
+        }
 
     def measure(self, job: Job, kept: list[int]) -> dict[str, Any]:
         vlm, steps = self.workflow._base.copy(), 0
@@ -167,20 +205,15 @@ class World:
             if job.protocol == "fixed epochs":
                 steps = max(1, round(STEPS * len(kept) / len(self.fault_N)))
             train(vlm, self.workflow._encoded_pool.pick(kept), self.workflow._train_settings(), None, steps=steps)
-        right, probability = [], []
-        for samples in self.workflow.evaluation.values():
-            right += evaluate(vlm, samples, "exact_match", self.run.recipe.evaluate).values_V.astype(int).tolist()
-            encoded = [vlm.encode(sample) for sample in samples]
-            loss_V = answer_losses(vlm, encoded, batch_size=100)
-            probability += answer_probabilities(loss_V, count_tokens(encoded)).tolist()
+        right_V = self.questions["exact_match"].values(vlm)
         return {
             "steps": steps,
             "kept": len(kept),
             "share": {fault: float((self.fault_N[kept] == fault).mean()) for fault in ("clean", *FAULTS)},
             "hard": float(self.hard_N[kept].mean()),
-            "accuracy": float(np.mean(right)),
-            "probability": float(np.mean(probability)),
-            "right": "".join(map(str, right)),
+            "accuracy": float(right_V.mean()),
+            "probability": float(self.questions["answer_probability"].values(vlm).mean()),
+            "right": "".join(str(int(value)) for value in right_V),
         }
 
     def auto(self) -> dict[str, Any]:
@@ -212,12 +245,21 @@ class World:
         return {**row, **spent, "scorer": "auto"}
 
     def agreements(self) -> dict[str, float]:
-        """Spearman with exact, over the whole pool, and the AUC of every score for clean against faulty."""
+        """The AUC of every score for clean against faulty, over the whole pool and for hard clean samples."""
         found = {}
         for name in (*UTILITIES, "low_loss"):
-            found[f"auc {name}"] = auc(self.scores(Job(name)).utility, self.is_clean_N)
-            found[f"auc {name}, hard"] = auc(self.scores(Job(name)).utility, self.is_clean_N, self.hard_N)
+            found[f"auc {name}"] = auc(self.scores(name).utility, self.is_clean_N)
+            found[f"auc {name}, hard"] = auc(self.scores(name).utility, self.is_clean_N, self.hard_N)
         return found
+
+    def score_seconds(self) -> dict[str, float]:
+        """What each method's scores took, the probing that all of them share apart."""
+        shards = range(len(self.workflow._shards()))
+        found = {
+            method: sum((self.run.finished(f"scores/{method}/{n:05d}") or {})["seconds"] for n in shards)
+            for method in UTILITIES
+        }
+        return {**found, "probing": (self.run.finished("probes") or {})["seconds"]}
 
 
 def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None = None) -> float | None:
@@ -227,23 +269,25 @@ def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None =
     return float((good[:, None] > bad).mean() + 0.5 * (good[:, None] == bad).mean())
 
 
-def run_world(name: str, seed: int, phases: list[str], folder: Path) -> list[dict[str, Any]]:
+def run_world(name: str, base: str, seed: int, phases: list[str], folder: Path) -> list[dict[str, Any]]:
     if not (folder / "drawn").exists():
         write_pool(folder / "data", WORLDS[name], seed)
-        write_atomically(folder / "recipe.yaml", RECIPE.format(seed=seed).encode())
+        recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent))
+        write_atomically(folder / "recipe.yaml", recipe.encode())
         write_atomically(folder / "drawn", b"")
     rows = []
     with Run(load_recipe(folder / "recipe.yaml"), folder / "run") as run:
-        world = World(name, seed, folder, run)
+        world = World(name, base, seed, folder, run)
         for phase in phases:
             rows += [world.row(job) for job in jobs(phase)]
-        rows.append({**world.auto(), "agreements": world.agreements()})
+        rows.append({**world.auto(), "agreements": world.agreements(), "score_seconds": world.score_seconds()})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--phases", nargs="+", choices=["main", "more"], default=["main"])
     parser.add_argument("--runs", type=Path, default=Path("runs/selection"))
@@ -254,8 +298,8 @@ def main() -> None:
     about = {"commit": commit, "machine": f"{platform.platform()}, {os.cpu_count()} cores", "torch": torch.__version__}
     for seed in args.seeds:
         for name in args.worlds:
-            slug = name.replace(" %", "").replace(" ", "-")
-            rows = run_world(name, seed, args.phases, args.runs / f"{slug}-{seed}")
+            slug = f"{name.replace(' %', '').replace(' ', '-')}-{args.base}"
+            rows = run_world(name, args.base, seed, args.phases, args.runs / f"{slug}-{seed}")
             write_json(args.out / f"{slug}-{seed}.json", {"rows": rows, **about})
             print(json.dumps({r["scorer"] + f" {r['fraction']}": round(r["accuracy"], 3) for r in rows}), flush=True)
 
