@@ -89,7 +89,7 @@ targets:
 evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
-score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0, seed: {seed}}}
+score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
 select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less], seed: {seed}}}
 train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
