@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bases import BASES, base_path
 
 from datalloy import progress
 from datalloy.config import Recipe, load_recipe
@@ -52,13 +53,16 @@ DRAWN = {
 METRICS = {"loss": "loss", "probability": "probability", "exact_match": "target"}
 OTHER_SEED = 1000  # added to the seed of training where everything is trained again
 PACKS = ("counting", "handwriting", "photo", "puzzle")
-TRAIN = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 1600}
+TRAIN = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 960}
 RESAMPLES = 2000
 
 
-def recipe_of(world: str, seed: int, train_seed: int, folder: Path, data: Path | None, adapter: str) -> Recipe:
+def recipe_of(
+    world: str, base: str, seed: int, train_seed: int, folder: Path, data: Path | None, adapter: str
+) -> Recipe:
     """The recipe of a world, written and read like any other: all samples, one target a domain."""
-    settings: dict[str, Any] = {"name": f"{world}-{adapter}", "base": "tiny", "max_rejected_fraction": 0.05}
+    settings: dict[str, Any] = {"name": f"{world}-{adapter}", "max_rejected_fraction": 0.05}
+    settings["base"] = base_path(base, folder.parent)
     train = {**TRAIN, "seed": train_seed, "adapter": adapter}
     if adapter == "lora":
         train["learning_rate"] = 3e-3
@@ -69,7 +73,7 @@ def recipe_of(world: str, seed: int, train_seed: int, folder: Path, data: Path |
         settings["leakage"] = {"on_leak": "drop"}
         settings["domains"] = {name: {"path": f"{name}/train.jsonl", "limit": 800} for name in PACKS}
         settings["targets"] = {name: {"path": f"{name}/test.jsonl", "limit": 100} for name in PACKS}
-        train |= {"samples": 3200, "learning_rate": 1e-3, "freeze_vision": False}
+        train |= {"samples": 1920, "learning_rate": 1e-3, "freeze_vision": False}
     else:
         skills, targets = DRAWN[world]
         drawn = folder / "data"
@@ -148,9 +152,15 @@ def _mean_of_targets(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
     return np.stack([value_NV[:, target_V == g].mean(axis=1) for g in np.unique(target_V)], axis=1).mean(axis=1)
 
 
-def run_seed(world: str, seed: int, train_seed: int, runs: Path, data: Path | None, adapter: str) -> dict[str, Any]:
-    folder = runs / f"{world}-{adapter}-{seed}"
-    with Run(recipe_of(world, seed, train_seed, folder, data, adapter), folder / f"run-{train_seed}") as run:
+def run_folder(runs: Path, world: str, base: str, adapter: str, seed: int, train_seed: int) -> Path:
+    return runs / f"{world}-{base}-{adapter}-{seed}" / f"run-{train_seed}"
+
+
+def run_seed(
+    world: str, base: str, seed: int, train_seed: int, runs: Path, data: Path | None, adapter: str
+) -> dict[str, Any]:
+    folder = run_folder(runs, world, base, adapter, seed, train_seed)
+    with Run(recipe_of(world, base, seed, train_seed, folder.parent, data, adapter), folder) as run:
         workflow = Workflow(run)
         mixing = workflow.mixing
         values = measure_design(mixing, draws=10 if world == "packs" else 20)
@@ -191,6 +201,7 @@ def _by_target(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=[*DRAWN, "packs"], required=True)
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--adapter", choices=["none", "lora"], default="none")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -202,15 +213,16 @@ def main() -> None:
     progress.show(True)
     again = (0, OTHER_SEED) if args.retrained else (0,)
     rows = [
-        run_seed(args.world, seed, seed + more, args.runs, args.data, args.adapter)
+        run_seed(args.world, args.base, seed, seed + more, args.runs, args.data, args.adapter)
         for seed in args.seeds
         for more in again
     ]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     machine = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    name = args.world if args.adapter == "none" else f"{args.world}_lora"
+    name = f"{args.world}_{args.base}" if args.adapter == "none" else f"{args.world}_{args.base}_lora"
     out = args.out or Path("experiments/results") / f"mixtures_{name}.json"
-    write_json(out, {"world": args.world, "adapter": args.adapter, "rows": rows, "commit": commit, "machine": machine})
+    about = {"world": args.world, "base": args.base, "adapter": args.adapter}
+    write_json(out, {**about, "rows": rows, "commit": commit, "machine": machine})
     for row in rows:
         for metric, found in row["agreement"].items():
             print(row["seed"], metric, {f["of"]: round(f["spearman"]["value"], 2) for f in found})
