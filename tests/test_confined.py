@@ -78,6 +78,22 @@ def test_what_needs_too_much_is_stopped_and_the_next_call_is_answered(call, monk
     assert call(1) == [1, 1]
 
 
+def test_requests_that_go_together_are_answered_as_if_they_went_alone(call, monkeypatch):
+    monkeypatch.setattr(confined, "CPU_SECONDS", 1)
+    first, error, second, stopped, last = call.each([1, "raise", "é" * 10**6, "die", 2])
+    assert (first, second, last) == ([1, 1], ["é" * 10**6, "é" * 10**6], [2, 2])
+    assert type(error) is ConfinedError
+    assert isinstance(stopped, LimitError)
+    assert call.stopped == 1
+
+
+def test_nothing_more_is_asked_after_a_stop_that_is_not_gone_beyond(call):
+    answers = call.each(["die"] * 100)
+    next(answers)
+    answers.close()
+    assert call.stopped == 1
+
+
 def test_limits_are_for_one_call_not_for_all(call, monkeypatch):
     monkeypatch.setattr(confined, "CPU_SECONDS", 1)
     child = call("process")

@@ -147,6 +147,38 @@ def test_labels_repeat_the_inputs_where_they_are_supervised(checkpoint, mixed):
     assert encoded.length == encoded.inputs["input_ids"].shape[1]
 
 
+def test_tokens_are_counted_as_they_are_encoded(checkpoint, mixed):
+    """Many at a time, in any order, with refused samples among them."""
+    vlm = checkpoint.vlm
+    texts = [conversation(("user", f"Say {word}."), ("assistant", word * 3)) for word in ("a", "Bär", " x ", "\u65e5")]
+    refused = [conversation(("user", "a"), ("assistant", text)) for text in (f"no{checkpoint.end_of_turn}", " ")]
+    limit = max(vlm.encode(sample).length for sample in texts)
+    long = conversation(("user", "a" * limit), ("assistant", "b"))
+    endless = conversation(("user", "a" * 65 * limit), ("assistant", "b"))
+    for samples in ([*texts, *mixed, *refused, long, endless], [endless, *refused, *reversed(texts)], [*refused], []):
+        assert [*vlm.count_tokens(samples, max_tokens=limit)] == [told(vlm, sample, limit) for sample in samples]
+
+
+def told(vlm: VLM, sample: Sample, max_tokens: int) -> object:
+    try:
+        encoded = vlm.encode(sample, max_tokens=max_tokens)
+    except EncodeError as error:
+        return Told(error)
+    return encoded.supervised_tokens, encoded.length
+
+
+class Told(EncodeError):
+    """Equal to an error that tells the same."""
+
+    def __init__(self, error: EncodeError) -> None:
+        super().__init__(error.reason, error.message)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EncodeError) and (other.reason, other.message) == (self.reason, self.message)
+
+    __hash__ = None
+
+
 def test_batch_loss_equals_single_sample_loss(checkpoint, mixed):
     vlm = checkpoint.vlm
     with torch.no_grad():

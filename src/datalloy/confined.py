@@ -2,8 +2,9 @@
 
 For code that comes with data and models, such as chat templates: the sandbox of jinja keeps a template from reaching
 out, not from looping for ever or from asking for all memory there is. A child is forked at the first call and answers
-all further ones, so a call costs the way through two pipes (about a tenth of a millisecond). What goes through them is
-JSON, never pickle: a child that was taken over can lie about its answer and do no more.
+all further ones, so a call costs the way through two pipes (about a tenth of a millisecond; requests that are known
+together go there together). What goes through them is JSON, never pickle: a child that was taken over can lie about its
+answer and do no more.
 
 Price: the child keeps the memory that the process had when it was forked, as far as the process changes or frees it
 later. So call first, load weights afterwards. Trap: memory is limited on Linux only; elsewhere time alone is.
@@ -22,7 +23,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,22 +54,47 @@ class Confined:
 
     def __call__(self, request: Any) -> Any:
         """What the function gives for `request`. Raises ConfinedError, or LimitError where it had to be stopped."""
+        (answer,) = self.each([request])
+        if isinstance(answer, ConfinedError):
+            raise answer
+        return answer
+
+    def each(self, requests: Sequence[Any]) -> Iterator[Any]:
+        """What the function gives for each request, in order; where it raises or is stopped, the ConfinedError.
+
+        Limits are those of one call, for each request. What follows one that had to be stopped is asked of a new child,
+        and not before the error has been taken: who has seen enough of them goes no further.
+        """
+        left = requests
+        while left:
+            answers = self._ask(left)
+            yield from answers
+            left = left[len(answers) :]
+
+    def _ask(self, requests: Sequence[Any]) -> list[Any]:
+        """Answers to the first of the requests, to all unless one had to be stopped; that one's error is the last."""
+        answers: list[Any] = []
         with self._lock:
             if self._child is None or self._child.owner != os.getpid():  # a fork of ours must not share the pipes
                 self._child = _Child(self._function)
             try:
-                answer = self._child.ask(json.dumps(request).encode())
+                for answer in self._child.ask(json.dumps(requests).encode(), len(requests)):
+                    answers.append(_value_or_error(answer))
+                    self.stopped += isinstance(answers[-1], LimitError)
             except BaseException as error:  # also an interrupt: half an answer may be on its way
-                self.stopped += isinstance(error, LimitError)
                 self._child.end()
                 self._child = None
-                raise
-        if "limit" in answer:
-            self.stopped += 1
-            raise LimitError(answer["limit"])
-        if "error" in answer:
-            raise ConfinedError(answer["error"])
-        return answer["value"]
+                if not isinstance(error, LimitError):
+                    raise
+                self.stopped += 1
+                answers.append(error)
+        return answers
+
+
+def _value_or_error(answer: dict[str, Any]) -> Any:
+    if "limit" in answer:
+        return LimitError(answer["limit"])
+    return ConfinedError(answer["error"]) if "error" in answer else answer["value"]
 
 
 class _Child:
@@ -85,17 +111,18 @@ class _Child:
         os.close(answers)
         self._finalizer = weakref.finalize(self, _end, self.owner, self._process, self._requests, self._answers)
 
-    def ask(self, request: bytes) -> dict[str, Any]:
-        deadline = time.monotonic() + WALL_SECONDS
+    def ask(self, requests: bytes, count: int) -> Iterator[dict[str, Any]]:
+        """The answers to `count` requests, as they come."""
         try:
-            _write(self._requests, _LENGTH.pack(len(request)) + request)
-            (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
-            if length > ANSWER_BYTES:
-                raise LimitError(f"its answer has more than {ANSWER_BYTES:,} bytes")
-            answer = json.loads(self._read(length, deadline))
+            _write(self._requests, _LENGTH.pack(len(requests)) + requests)
+            for _ in range(count):
+                deadline = time.monotonic() + WALL_SECONDS
+                (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
+                if length > ANSWER_BYTES:
+                    raise LimitError(f"its answer has more than {ANSWER_BYTES:,} bytes")
+                yield json.loads(self._read(length, deadline))
         except (BrokenPipeError, EOFError):
             raise LimitError(f"it took more than {CPU_SECONDS} s or died of what it asked for") from None
-        return answer
 
     def _read(self, length: int, deadline: float) -> bytes:
         data = bytearray()
@@ -171,7 +198,7 @@ def _limit(kind: int, value: int) -> None:
 def _requests(pipe: int) -> Iterator[Any]:
     with os.fdopen(pipe, "rb") as file:
         while head := file.read(_LENGTH.size):
-            yield json.loads(file.read(_LENGTH.unpack(head)[0]))
+            yield from json.loads(file.read(_LENGTH.unpack(head)[0]))
 
 
 def _answer(function: Callable[[Any], Any], request: Any) -> bytes:

@@ -22,12 +22,13 @@ import logging
 import shutil
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
+import numpy as np
 import peft
 import PIL.Image
 import safetensors
@@ -120,6 +121,9 @@ MARKER = "datalloy-answer-5b0c61f2a94e"
 MAX_SAMPLE_PIXELS = 4 * MAX_IMAGE_PIXELS  # of all images of one sample, decoded at once: three bytes each
 MOST_CHARACTERS = 64  # a token, on average over a sample: what has more of them is not worth tokenising to refuse
 
+BATCH_SAMPLES = 64  # that are rendered and split into tokens together, where lengths are all that is wanted
+BATCH_CHARACTERS = 1_000_000  # after which a batch is closed: tokens take a hundred times the memory of their text
+
 MOST_STOPS = 3  # conversations on which a template may be stopped before the run is
 MOST_TEMPLATES = 4  # processes kept, one for each template in use
 _TEMPLATES: dict[tuple[str, str, str], Confined] = {}
@@ -159,11 +163,26 @@ class Encoded:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
 
+class TokenCounts(NamedTuple):
+    """How long a sample is: positions that enter the loss, and all tokens, those of the images included."""
+
+    supervised: int
+    length: int
+
+
 class Span(NamedTuple):
     """Characters [start, end) of a rendered conversation."""
 
     start: int
     end: int
+
+
+class _LaidOut(NamedTuple):
+    """A sample in the template's words, and where the model's own stand in them."""
+
+    sample: Sample
+    text: str
+    answers: list[Span]
 
 
 @dataclass(frozen=True)
@@ -238,26 +257,80 @@ class VLM:
 
     def encode(self, sample: Sample, *, max_tokens: int | None = None) -> Encoded:
         """The sample as inputs and labels, every assistant turn supervised. Raises EncodeError with a reason word."""
-        characters = sum(len(turn.text) for turn in sample.turns)
-        if max_tokens is not None and characters > max_tokens * MOST_CHARACTERS:
-            raise _refuse(sample, "too_long", f"{characters:,} characters, and at most {max_tokens} tokens are allowed")
-        marked = [Turn(turn.role, (MARKER,)) if turn.role == "assistant" else turn for turn in sample.turns]
-        text, outline = self._render(sample, sample.turns, marked)
-        answers = self._answer_spans(sample, text, outline)
-        inputs, tokens = self._process(sample, text, sample.images)
+        (laid,) = self._lay_out([sample], max_tokens)
+        if isinstance(laid, EncodeError):
+            raise laid
+        inputs, tokens = self._process(sample, laid.text, sample.images)
         input_ids = inputs["input_ids"]
-        if max_tokens is not None and input_ids.shape[1] > max_tokens:
-            found = f"{input_ids.shape[1]} tokens with its images, at most {max_tokens} are allowed"
+        is_supervised_T = self._supervised(laid, input_ids[0].tolist(), tokens, max_tokens)
+        return Encoded(inputs, input_ids.masked_fill(~torch.from_numpy(is_supervised_T), IGNORED))
+
+    def count_tokens(
+        self, samples: Iterable[Sample], *, max_tokens: int | None = None
+    ) -> Iterator[TokenCounts | EncodeError]:
+        """What `encode` would tell about each of the samples, in order: their lengths, or why they are refused.
+
+        Conversations without pictures are rendered and split into tokens many at a time, at a third of the price.
+        """
+        for batch in _in_batches(samples):
+            yield from self._count_batch(self._lay_out(batch, max_tokens), max_tokens)
+
+    def _count_batch(
+        self, batch: Iterable["_LaidOut | EncodeError"], max_tokens: int | None
+    ) -> list[TokenCounts | EncodeError]:
+        counts: list[TokenCounts | EncodeError | None] = []
+        texts: list[_LaidOut] = []
+        for laid in batch:
+            if isinstance(laid, EncodeError) or laid.sample.images:
+                counts.append(laid if isinstance(laid, EncodeError) else self._count_one(laid, max_tokens))
+            else:
+                counts.append(None)
+                texts.append(laid)
+        found = self._count_texts(texts, max_tokens)
+        return [next(found) if count is None else count for count in counts]
+
+    def _count_one(self, laid: "_LaidOut", max_tokens: int | None) -> TokenCounts | EncodeError:
+        try:
+            inputs, tokens = self._process(laid.sample, laid.text, laid.sample.images)
+            ids = inputs["input_ids"][0].tolist()
+            return _counts(self._supervised(laid, ids, tokens, max_tokens))
+        except EncodeError as error:
+            return error
+
+    def _count_texts(self, batch: Sequence["_LaidOut"], max_tokens: int | None) -> Iterator[TokenCounts | EncodeError]:
+        """Of conversations without pictures. A processor that refuses some of them is asked one by one."""
+        if len({self._starts_with_bos(laid.text) for laid in batch}) != 1:
+            yield from (self._count_one(laid, max_tokens) for laid in batch)
+            return
+        try:
+            features = self._run_processor([laid.text for laid in batch], None, padding=False)
+        except ValueError:
+            yield from (self._count_one(laid, max_tokens) for laid in batch)
+            return
+        for laid, ids, offsets in zip(batch, features["input_ids"], features["offset_mapping"], strict=True):
+            try:
+                yield _counts(self._supervised(laid, ids, offsets, max_tokens))
+            except EncodeError as error:
+                yield error
+
+    def _supervised(
+        self, laid: "_LaidOut", ids: Sequence[int], tokens: Sequence[tuple[int, int]], max_tokens: int | None
+    ) -> np.ndarray:
+        """Which tokens the model has to write itself, [T] bool. `tokens`: the characters that each stands for."""
+        sample, text = laid.sample, laid.text
+        if max_tokens is not None and len(ids) > max_tokens:
+            found = f"{len(ids)} tokens with its images, at most {max_tokens} are allowed"
             raise _refuse(sample, "too_long", found)
-        labels = torch.full_like(input_ids, IGNORED)
+        token_T2 = np.array(tokens, dtype=np.int64)
+        is_supervised_T = np.zeros(len(ids), bool)
         end_of_turn = self.tokenizer.convert_tokens_to_ids(self.chat.end_of_turn)
-        for answer in answers:
-            inside = [t for t, token in enumerate(tokens) if token.start < answer.end and token.end > answer.start]
+        for answer in laid.answers:
+            inside = np.flatnonzero((token_T2[:, 0] < answer.end) & (token_T2[:, 1] > answer.start))
             # the space before an answer may share its first token; anything else, or a missing end, is not exact
-            if text[tokens[inside[0]].start : answer.start].strip() or input_ids[0, inside[-1]] != end_of_turn:
+            if text[token_T2[inside[0], 0] : answer.start].strip() or ids[inside[-1]] != end_of_turn:
                 raise _refuse(sample, "template_mismatch", "tokens that belong to an answer and to what surrounds it")
-            labels[0, inside] = input_ids[0, inside]
-        return Encoded(inputs, labels)
+            is_supervised_T[inside] = True
+        return is_supervised_T
 
     def collate(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
         """One batch on the model's device, padded on the right, "labels" included."""
@@ -489,33 +562,75 @@ class VLM:
         buffers = {id(buffer): buffer for buffer in self.model.buffers()}
         return dataclasses.replace(self, model=copy.deepcopy(self.model, shared | buffers).eval())
 
-    def _render(self, sample: Sample, *conversations: Sequence[Turn], prompt: bool = False) -> list[str]:
-        for turn in conversations[0]:
-            self._check_turn(sample, turn)
-        try:
-            return _render(self.processor, *conversations, prompt=prompt)
-        except LimitError as error:
+    def _lay_out(self, samples: Sequence[Sample], max_tokens: int | None) -> Iterator["_LaidOut | EncodeError"]:
+        """Each conversation in the template's words, with the places of its answers, or why it is refused.
+
+        The error of one sample is made when it is asked for, so that a template is not stopped again and again for
+        what nobody waits for.
+        """
+        faults = self._faults([(sample, sample.turns) for sample in samples], max_tokens)
+        requests = [
+            ([_messages(sample.turns), _messages(_marked(sample.turns))], False)
+            for sample, fault in zip(samples, faults, strict=True)
+            if fault is None
+        ]
+        rendered = _confined_template(self.processor).each(requests)
+        for sample, fault in zip(samples, faults, strict=True):
+            if fault is not None:
+                yield fault
+                continue
+            answer = next(rendered)
+            try:
+                text, outline = self._rendered(sample, answer)
+                yield _LaidOut(sample, text, self._answer_spans(sample, text, outline))
+            except EncodeError as error:
+                yield error
+
+    def _rendered(self, sample: Sample, answer: list[str] | ConfinedError) -> list[str]:
+        """The texts that the template's process answered for a sample. Raises EncodeError or ModelError."""
+        if isinstance(answer, LimitError):
             if _confined_template(self.processor).stopped > MOST_STOPS:
                 raise ModelError(
                     f"{self.name}: its chat template had to be stopped again and again, at last at {sample.origin}: "
-                    f"{error}; use another checkpoint, or mend the template"
-                ) from error
-            raise _refuse(sample, "template_limit", f"turns on which the chat template was stopped: {error}") from error
-        except ConfinedError as error:
-            found = f"turns the chat template does not take: {printable(str(error))}"
-            raise _refuse(sample, "template_mismatch", found) from error
+                    f"{answer}; use another checkpoint, or mend the template"
+                ) from answer
+            found = f"turns on which the chat template was stopped: {answer}"
+            raise _refuse(sample, "template_limit", found) from answer
+        if isinstance(answer, ConfinedError):
+            found = f"turns the chat template does not take: {printable(str(answer))}"
+            raise _refuse(sample, "template_mismatch", found) from answer
+        return answer
 
-    def _check_turn(self, sample: Sample, turn: Turn) -> None:
-        """Refuse text that would be read as control tokens: it would shift images or close the turn."""
-        if turn.role == "assistant" and turn.images:
-            raise _refuse(sample, "image_in_answer", "an image in an assistant turn, where a model can only write text")
-        for token in self.processor.all_special_multimodal_tokens:
-            if token in turn.text:
-                raise _refuse(sample, "image_token_in_text", f"the image placeholder {token!r} in its {turn.role} text")
-        for token_id in self.tokenizer(turn.text, add_special_tokens=False)["input_ids"]:
-            if token_id in self.chat.control_tokens:
-                found = f"the control token {self.chat.control_tokens[token_id]!r} in its {turn.role} text"
-                raise _refuse(sample, "control_token_in_text", found)
+    def _faults(
+        self, conversations: Sequence[tuple[Sample, Sequence[Turn]]], max_tokens: int | None = None
+    ) -> list[EncodeError | None]:
+        """For each sample what stands against giving its turns to the template: too much text, control tokens in it."""
+        faults = [_too_much_text(sample, turns, max_tokens) for sample, turns in conversations]
+        left = [(sample, turns) for (sample, turns), fault in zip(conversations, faults, strict=True) if fault is None]
+        texts = [turn.text for _, turns in left for turn in turns]
+        tokens = iter(self._tokens(texts) if texts else ())
+        found = iter([self._fault_of_turns(sample, [(turn, next(tokens)) for turn in turns]) for sample, turns in left])
+        return [next(found) if fault is None else fault for fault in faults]
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        with self._processing:
+            return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def _fault_of_turns(self, sample: Sample, turns: Sequence[tuple[Turn, Sequence[int]]]) -> EncodeError | None:
+        """What would be read as control tokens, where there is any: it would shift images or close the turn."""
+        for turn, token_ids in turns:
+            if turn.role == "assistant" and turn.images:
+                found = "an image in an assistant turn, where a model can only write text"
+                return _refuse(sample, "image_in_answer", found)
+            for token in self.processor.all_special_multimodal_tokens:
+                if token in turn.text:
+                    found = f"the image placeholder {token!r} in its {turn.role} text"
+                    return _refuse(sample, "image_token_in_text", found)
+            for token_id in token_ids:
+                if token_id in self.chat.control_tokens:
+                    found = f"the control token {self.chat.control_tokens[token_id]!r} in its {turn.role} text"
+                    return _refuse(sample, "control_token_in_text", found)
+        return None
 
     def _answer_spans(self, sample: Sample, text: str, outline: str) -> list[Span]:
         """Where the model's own words stand in the rendered text: each answer, its lead and its end-of-turn token.
@@ -555,16 +670,8 @@ class VLM:
             if (pixels := sum(picture.width * picture.height for picture in pictures)) > MAX_SAMPLE_PIXELS:
                 found = f"{pixels:,} pixels in its images, at most {MAX_SAMPLE_PIXELS:,} are decoded for one sample"
                 raise _refuse(sample, "image_refused", found)
-        starts_with_bos = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         try:
-            with self._processing:
-                features = self.processor(
-                    text=[text],
-                    images=[pictures] if pictures else None,
-                    add_special_tokens=not starts_with_bos,  # or there would be two
-                    return_offsets_mapping=True,
-                    return_text_replacement_offsets=True,
-                )
+            features = self._run_processor([text], [pictures] if pictures else None)
         except ValueError as error:
             raise _refuse(sample, "image_refused", f"images that the model's processor refuses: {error}") from error
         (offsets,) = features.pop("offset_mapping")
@@ -574,10 +681,29 @@ class VLM:
         features.convert_to_tensors("pt")
         return dict(features), [_original_span(offset, expansions) for offset in offsets]
 
+    def _run_processor(self, texts: Sequence[str], pictures: Sequence[list[PIL.Image.Image]] | None, **how: Any) -> Any:
+        """What the processor makes of rendered conversations that all begin with the same token, or all with none."""
+        with self._processing:
+            return self.processor(
+                text=list(texts),
+                images=pictures,
+                add_special_tokens=not self._starts_with_bos(texts[0]),  # or there would be two
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                **how,
+            )
+
+    def _starts_with_bos(self, text: str) -> bool:
+        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+
     def _encode_prompt(self, sample: Sample) -> dict[str, Tensor]:
-        images = [image for turn in sample.prompt for image in turn.images]
-        (text,) = self._render(sample, sample.prompt, prompt=True)
-        return self._process(sample, text, images)[0]
+        prompt = sample.prompt
+        (fault,) = self._faults([(sample, prompt)])
+        if fault is not None:
+            raise fault
+        (answer,) = _confined_template(self.processor).each([([_messages(prompt)], True)])
+        (text,) = self._rendered(sample, answer)
+        return self._process(sample, text, [image for turn in prompt for image in turn.images])[0]
 
     def _pad(self, items: Sequence[dict[str, Tensor]], *, side: Literal["left", "right"]) -> dict[str, Tensor]:
         """One batch: tensors over tokens padded, those over images joined, in the order of the items.
@@ -878,12 +1004,46 @@ def _confined_template(processor: Any) -> Confined:
         def render(request: Any) -> list[str]:
             conversations, prompt = request
             settings = {"tokenize": False, "add_generation_prompt": prompt}
-            return [processor.apply_chat_template(messages, **settings) for messages in conversations]
+            return processor.apply_chat_template(conversations, **settings)
 
         while len(_TEMPLATES) >= MOST_TEMPLATES:
             del _TEMPLATES[next(iter(_TEMPLATES))]
         _TEMPLATES[key] = Confined(render)
     return _TEMPLATES[key]
+
+
+def _marked(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with a marker in the place of each answer."""
+    return [Turn(turn.role, (MARKER,)) if turn.role == "assistant" else turn for turn in turns]
+
+
+def _too_much_text(sample: Sample, turns: Sequence[Turn], max_tokens: int | None) -> EncodeError | None:
+    characters = _characters(turns)
+    if max_tokens is None or characters <= max_tokens * MOST_CHARACTERS:
+        return None
+    return _refuse(sample, "too_long", f"{characters:,} characters, and at most {max_tokens} tokens are allowed")
+
+
+def _characters(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.text) for turn in turns)
+
+
+def _in_batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Samples that are rendered and split into tokens together."""
+    batch: list[Sample] = []
+    characters = 0
+    for sample in samples:
+        batch.append(sample)
+        characters += _characters(sample.turns)
+        if len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _counts(is_supervised_T: np.ndarray) -> TokenCounts:
+    return TokenCounts(int(is_supervised_T[1:].sum()), len(is_supervised_T))
 
 
 def _is_visible(text: str) -> bool:

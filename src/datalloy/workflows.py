@@ -175,14 +175,13 @@ class Workflow:
         every = [(key, sample) for key, group in sets.items() for sample in group]
         for key in sets:
             sets[key] = []
-        for key, sample in track(every, "check", len(every)):
-            try:
-                encoded = self._proxy_base.encode(sample, max_tokens=self.recipe.train.max_tokens)
-            except EncodeError as error:
-                rejects[key].append(_reject(sample, error.reason, str(error)))
+        counted = self._proxy_base.count_tokens((s for _, s in every), max_tokens=self.recipe.train.max_tokens)
+        for (key, sample), counts in track(zip(every, counted, strict=True), "check", len(every)):
+            if isinstance(counts, EncodeError):
+                rejects[key].append(_reject(sample, counts.reason, str(counts)))
             else:
                 sets[key].append(sample)
-                lengths[key].append((encoded.supervised_tokens, encoded.length))
+                lengths[key].append(counts)
                 further_frames[key] += any(map(has_further_frames, sample.images))
         for key, count in further_frames.items():
             if count:
@@ -214,10 +213,13 @@ class Workflow:
 
     def _refuse_leaks(self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]) -> None:
         """Move leaked samples of the pool from `sets` to `rejects`. Raises LeakageError where the recipe says so."""
+        leaked: dict[str, set[str]] = {}
         for sample, reject in self._leaks(**self._by_section(sets)):
             key = f"domains.{sample.domain}"
-            sets[key].remove(sample)
+            leaked.setdefault(key, set()).add(sample.id)
             rejects[key].append(reject)
+        for key, ids in leaked.items():
+            sets[key] = [sample for sample in sets[key] if sample.id not in ids]
 
     def _leaks(
         self, domains: dict[str, list[Sample]], targets: dict[str, list[Sample]], evaluation: dict[str, list[Sample]]
