@@ -13,15 +13,14 @@ was trained twice, the Spearman of one training with the other.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixtures import run_folder
+from provenance import provenance
 from scipy.stats import spearmanr
 
 from datalloy.calibration import TrainedMixtures, calibrate, interaction_scale
@@ -144,15 +143,12 @@ def main() -> None:
         result = json.loads(path.read_text())
         world = result["world"] if result["adapter"] == "none" else f"{result['world']}, LoRA"
         for row in result["rows"]:
-            seeds = (row["seed"], row.get("train_seed", row["seed"]))
-            folder = args.runs / f"{result['world']}-{result['adapter']}-{seeds[0]}"
-            run = folder / f"run-{seeds[1]}"
-            for found in of_run(world, row, run if run.exists() else folder / "run"):
-                rows.append({**found, "train_seed": seeds[1]})
+            seeds = (row["seed"], row["train_seed"])
+            folder = run_folder(args.runs, result["world"], result["base"], result["adapter"], *seeds)
+            for found in of_run(world, row, folder):
+                rows.append({**found, "base": result["base"], "train_seed": seeds[1]})
             print(path.name, seeds, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores"
-    write_json(args.out, {"rows": rows, "commit": commit, "machine": machine})
+    write_json(args.out, {"rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

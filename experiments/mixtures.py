@@ -17,17 +17,14 @@ the run folders.
 
 import argparse
 import logging
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bases import BASES, base_path
+from provenance import provenance
 
 from datalloy import progress
 from datalloy.config import Recipe, load_recipe
@@ -217,12 +214,10 @@ def main() -> None:
         for seed in args.seeds
         for more in again
     ]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     name = f"{args.world}_{args.base}" if args.adapter == "none" else f"{args.world}_{args.base}_lora"
     out = args.out or Path("experiments/results") / f"mixtures_{name}.json"
     about = {"world": args.world, "base": args.base, "adapter": args.adapter}
-    write_json(out, {**about, "rows": rows, "commit": commit, "machine": machine})
+    write_json(out, {**about, "rows": rows, **provenance()})
     for row in rows:
         for metric, found in row["agreement"].items():
             print(row["seed"], metric, {f["of"]: round(f["spearman"]["value"], 2) for f in found})

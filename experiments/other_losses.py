@@ -10,20 +10,17 @@ against faulty samples, and of clean hard ones against faulty ones. About two mi
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from selection import RECIPE, WORLDS, World, auc
+from bases import BASES
+from provenance import provenance
+from selection import WORLDS, World, auc, open_world, slug
 
-from datalloy.config import load_recipe
 from datalloy.evaluation import answer_losses
-from datalloy.run import Run, write_json
-from datalloy.tiny.pools import write_pool
+from datalloy.run import write_json
 from datalloy.training import train
 
 TARGET_STEPS = (4, 12, 24, 48)
@@ -53,6 +50,7 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["wrong 30 %", "hard matters"])
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/other_losses"))
     parser.add_argument("--out", type=Path, default=Path("experiments/results/other_losses.json"))
@@ -61,17 +59,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for name in args.worlds:
-            folder = args.runs / f"{name.replace(' %', '').replace(' ', '-')}-{seed}"
-            if not (folder / "recipe.yaml").exists():
-                write_pool(folder / "data", WORLDS[name], seed)
-                (folder / "recipe.yaml").write_text(RECIPE.format(seed=seed))
-            with Run(load_recipe(folder / "recipe.yaml"), folder / "run") as run:
-                for row in measure(World(name, seed, folder, run)):
+            with open_world(name, args.base, seed, args.runs / f"{slug(name)}-{args.base}-{seed}") as world:
+                for row in measure(world):
                     rows.append(row)
                     print(json.dumps(row), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores, 1 thread"
-    write_json(args.out, {"rows": rows, "commit": commit, "machine": machine})
+    write_json(args.out, {"base": args.base, "rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

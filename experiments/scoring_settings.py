@@ -6,8 +6,8 @@
 For every setting the pool of that world (selection.py) is scored by the exact step, the base is trained on the best
 half and the best fifth of each domain at equal compute, and answers the held-out questions. Settings: the step size
 (multiples of the Polyak step, where the default asks for a step that changes the targets' loss by 200 %), the rule of
-the step, warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16 and 64 items a target (default 32), and
-the unblurred model as proxy. `low_loss` is beside them, under every proxy. Resumable. About 2 minutes of one core a row.
+the step, warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16 and 64 items a target (default 32),
+the unblurred model as proxy. `low_loss` is beside them, under every proxy. Resumable. Two minutes of one core a row.
 """
 
 import argparse
@@ -18,13 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bases import BASES, base_path
+from bases import BASES
 from provenance import provenance
-from selection import RECIPE, WORLDS, Job, World, auc
+from selection import WORLDS, Job, auc, open_world, slug
 
-from datalloy.config import load_recipe
-from datalloy.run import Run, write_json
-from datalloy.tiny.pools import write_pool
+from datalloy.run import write_json
 from datalloy.uncertainty import rank_agreement
 
 STEPS = {"step 1/16": 0, "step 1/4": 1, "step 1": 2, "step 4": 3}  # rows of the scan, multiples of the Polyak step
@@ -47,12 +45,10 @@ FRACTIONS = (0.5, 0.2)
 
 def run_setting(setting: str, name: str, base: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     step = (f"score.step={scanned_step(folder, STEPS[setting])}",) if setting in STEPS else ()
-    slug = setting.replace(" ", "-").replace("/", "-").replace("%", "").replace(":", "")
-    recipe = load_recipe(folder / "recipe.yaml", (*ONE_SCORER, *SETTINGS[setting], *step))
-    with Run(recipe, folder / slug) as run:
-        world = World(name, base, seed, folder, run)
+    run = slug(setting).replace("/", "-").replace(":", "")
+    with open_world(name, base, seed, folder, (*ONE_SCORER, *SETTINGS[setting], *step), run) as world:
         table = world.scores("exact")
-        scan = (run.finished("probes") or {})["scans"]["exact"]
+        scan = (world.run.finished("probes") or {})["scans"]["exact"]
         found = {
             "auc": auc(table.utility, world.is_clean_N),
             "auc hard": auc(table.utility, world.is_clean_N, world.hard_N),
@@ -80,18 +76,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/scoring_settings"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    slug = args.world.replace(" %", "").replace(" ", "-")
     for seed in args.seeds:
-        folder = args.runs / f"{slug}-{args.base}-{seed}"
-        if not (folder / "recipe.yaml").exists():
-            write_pool(folder / "data", WORLDS[args.world], seed)
-            recipe = RECIPE.format(seed=seed, base=base_path(args.base, folder.parent))
-            (folder / "recipe.yaml").write_text(recipe)
+        place = f"{slug(args.world)}-{args.base}-{seed}"
         rows: list[dict[str, Any]] = []
         for setting in args.settings:
-            rows += run_setting(setting, args.world, args.base, seed, folder)
+            rows += run_setting(setting, args.world, args.base, seed, args.runs / place)
             print(seed, setting, [round(row["accuracy"], 3) for row in rows[-4:]], rows[-1]["auc"], flush=True)
-        write_json(args.out / f"{slug}-{args.base}-{seed}.json", {"rows": rows, **provenance()})
+        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ the tables of docs/evidence.md from the rows.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from bases import BASES, base_path
+from provenance import provenance
 
 from datalloy import bakeoff
 from datalloy.config import load_recipe
@@ -269,19 +268,28 @@ def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None =
     return float((good[:, None] > bad).mean() + 0.5 * (good[:, None] == bad).mean())
 
 
-def run_world(name: str, base: str, seed: int, phases: list[str], folder: Path) -> list[dict[str, Any]]:
+@contextmanager
+def open_world(
+    name: str, base: str, seed: int, folder: Path, overrides: Sequence[str] = (), run: str = "run"
+) -> Iterator[World]:
+    """A world of `WORLDS`, drawn into `folder` where it is not there yet; its run folder is a part of it."""
     if not (folder / "drawn").exists():
         write_pool(folder / "data", WORLDS[name], seed)
         recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent))
         write_atomically(folder / "recipe.yaml", recipe.encode())
         write_atomically(folder / "drawn", b"")
-    rows = []
-    with Run(load_recipe(folder / "recipe.yaml"), folder / "run") as run:
-        world = World(name, base, seed, folder, run)
-        for phase in phases:
-            rows += [world.row(job) for job in jobs(phase)]
-        rows.append({**world.auto(), "agreements": world.agreements(), "score_seconds": world.score_seconds()})
-    return rows
+    with Run(load_recipe(folder / "recipe.yaml", overrides), folder / run) as opened:
+        yield World(name, base, seed, folder, opened)
+
+
+def slug(name: str) -> str:
+    return name.replace(" %", "").replace(" ", "-")
+
+
+def run_world(name: str, base: str, seed: int, phases: list[str], folder: Path) -> list[dict[str, Any]]:
+    with open_world(name, base, seed, folder) as world:
+        rows = [world.row(job) for phase in phases for job in jobs(phase)]
+        return [*rows, {**world.auto(), "agreements": world.agreements(), "score_seconds": world.score_seconds()}]
 
 
 def main() -> None:
@@ -294,13 +302,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/selection"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    about = {"commit": commit, "machine": f"{platform.platform()}, {os.cpu_count()} cores", "torch": torch.__version__}
     for seed in args.seeds:
         for name in args.worlds:
-            slug = f"{name.replace(' %', '').replace(' ', '-')}-{args.base}"
-            rows = run_world(name, args.base, seed, args.phases, args.runs / f"{slug}-{seed}")
-            write_json(args.out / f"{slug}-{seed}.json", {"rows": rows, **about})
+            place = f"{slug(name)}-{args.base}-{seed}"
+            rows = run_world(name, args.base, seed, args.phases, args.runs / place)
+            write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
             print(json.dumps({r["scorer"] + f" {r['fraction']}": round(r["accuracy"], 3) for r in rows}), flush=True)
 
 

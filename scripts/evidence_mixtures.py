@@ -1,0 +1,112 @@
+"""The rows of experiments/mixtures.py and mixture_curves.py in, tables about mixtures out."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence_tables import table
+
+RESULTS = Path("experiments/results")
+SIZES = (0, 1, 2, 3, 4, 6, 8)
+
+
+@cache
+def mixture_results() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mixtures_*.json"))]
+
+
+def named(result: dict[str, Any]) -> str:
+    details = [*["shipped base"] * (result["base"] == "shipped"), *["LoRA"] * (result["adapter"] == "lora")]
+    return ", ".join([result["world"].replace("_", " "), *details])
+
+
+def agreement(metric: str) -> str:
+    """Merged against trained by target and of the mean, with the regret of the merge's pick, by world and pool."""
+    rows = []
+    for result in mixture_results():
+        for row in (row for row in result["rows"] if metric in row["agreement"]):
+            *targets, mean = row["agreement"][metric]
+            value, (low, high) = mean["spearman"]["value"], mean["spearman"]["interval"]
+            by_target = ", ".join(f"{t['spearman']['value']:.2f}" for t in targets)
+            numbers = [f"{value:.2f} [{low:.2f}, {high:.2f}]", f"{mean['spread']:.3f}", f"{mean['regret']:.3f}"]
+            again = [f"training {row['train_seed']}"] * (row.get("train_seed", row["seed"]) != row["seed"])
+            rows.append([", ".join([named(result), f"pool {row['seed']}", *again]), by_target, *numbers])
+    head = ["world", "Spearman by target", "Spearman of the mean", "best minus worst", "regret of the merge's pick"]
+    return table(head, rows)
+
+
+def picks() -> str:
+    """What `datalloy verify` picks with three real runs beside the experts, really trained, against the design's best.
+
+    By the probability of the right answer, which these searches maximise.
+    """
+    rows = []
+    for result in mixture_results():
+        for row in (row for row in result["rows"] if "probability" in row["agreement"]):
+            pick = row["pick"]
+            again = [f"training {row['train_seed']}"] * (row.get("train_seed", row["seed"]) != row["seed"])
+            numbers = ("probability", "best of the grid", "uniform", "best expert")
+            weights = ", ".join(f"{name} {w:.0%}" for name, w in zip(row["domains"], pick["weights"], strict=True))
+            best = max(pick["best of the grid"], pick["best expert"])
+            cells = [f"{pick[name]:.3f}" for name in numbers]
+            rows.append(
+                [
+                    ", ".join([named(result), f"pool {row['seed']}", *again]),
+                    weights,
+                    *cells,
+                    f"{(best - pick['probability']) / best:+.1%}",
+                    row["advice"]["verdict"],
+                ]
+            )
+    head = ["world", "pick", "trained on the pick", "best mixture trained", "uniform", "best expert"]
+    return table([*head, "short of the best", "verdict"], rows)
+
+
+def ceiling() -> str:
+    """Where everything was trained twice: how far one training agrees with the next over the inner mixtures."""
+    rows = []
+    for result in mixture_results():
+        by_seed: dict[int, list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            by_seed.setdefault(row["seed"], []).append(row)
+        for seed, (first, *others) in by_seed.items():
+            for second in others:
+                inner = np.array(first["weights"]).max(axis=1) < 1
+                for metric in first["agreement"]:
+                    true = [np.array(r["values"][f"true:{metric}"])[inner].mean(axis=1) for r in (first, second)]
+                    merged = np.array(first["values"][f"merged:{metric}"])[inner].mean(axis=1)
+                    rows.append(
+                        [
+                            f"{named(result)}, pool {seed}",
+                            metric.replace("_", " "),
+                            f"{_spearman(*true):.2f}",
+                            f"{_spearman(merged, true[0]):.2f}, {_spearman(merged, true[1]):.2f}",
+                            f"{_spearman(merged, (true[0] + true[1]) / 2):.2f}",
+                        ]
+                    )
+    head = ["world", "metric", "training with training", "merge with each training", "merge with their mean"]
+    return table(head, rows)
+
+
+def _spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    return float(np.corrcoef(a_N.argsort().argsort(), b_N.argsort().argsort())[0, 1])
+
+
+def curves(metric: str) -> str:
+    """Spearman with training over what is not yet trained / regret as a share of the spread, by real runs."""
+    path = RESULTS / "mixture_curves.json"
+    found = [r for r in json.loads(path.read_text())["rows"] if r["metric"] == metric] if path.exists() else []
+    rows = []
+    for predictor in dict.fromkeys(row["predictor"] for row in found):
+        cells = []
+        for size in SIZES:
+            same = [r for r in found if (r["predictor"], r["runs"]) == (predictor, size)]
+            ranks = [r["spearman"] for r in same if r["spearman"] is not None]
+            regrets = [r["regret"] / r["spread"] for r in same]
+            rank = f"{np.mean(ranks):.2f}" if ranks else "none"
+            cells.append(f"{rank} / {np.mean(regrets):.2f}" if same else "")
+        rows.append([predictor.replace("_", " "), *cells])
+    return table(["predictor", *(f"{size} runs" for size in SIZES)], rows)

@@ -1,0 +1,322 @@
+"""The rows of experiments/selection.py and scoring_settings.py in, tables about selection out."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence_tables import difference, interval, table
+
+RESULTS = Path("experiments/results")
+NAMES = {
+    "base": "base, untrained",
+    "full": "full SFT",
+    "oracle": "oracle: clean samples only",
+    "low_loss": "low loss",
+    "mid_loss": "mid loss",
+    "high_loss": "high loss",
+    "length": "long answers",
+    "judge": "judge, 80 % right",
+    "deita": "DEITA-style",
+    "less": "LESS-style cosine",
+    "first_order": "gradient dot product",
+    "exact": "OST, exact",
+    "calibrated": "OST, calibrated",
+    "calibrated diverse": "OST, calibrated, diverse",
+    "tail": "OST, tail",
+    "random": "random",
+    "put back worst": "exact 50 % and the worst fifth",
+    "put back random": "exact 50 % and a random fifth of the rest",
+    "auto": "auto: the bake-off",
+}
+WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
+COMPARED = (
+    *("exact", "calibrated", "calibrated diverse", "tail", "low_loss", "mid_loss", "high_loss", "length"),
+    *("first_order", "less", "deita", "judge", "random", "auto"),
+)
+Row = dict[str, Any]
+Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
+
+
+@cache
+def selection_rows(base: str) -> list[Row]:
+    paths = sorted((RESULTS / "selection").glob(f"*-{base}-*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
+
+
+def worlds(base: str) -> list[str]:
+    """The worlds with results, those with the most pools first."""
+    pools = {(row["world"], row["seed"]) for row in selection_rows(base)}
+    names = list(dict.fromkeys(world for world, _ in sorted(pools)))
+    return sorted(names, key=lambda name: (-sum(world == name for world, _ in pools), name))
+
+
+def picked(
+    base: str, world: str, scorer: str, fraction: float | None, protocol: str = "fixed compute", within: str = "domain"
+) -> list[Row]:
+    """The rows of one arm in one world, one a pool and draw."""
+    fraction = None if scorer in WHOLE else fraction
+    wanted = (world, scorer, protocol)
+    return [
+        row
+        for row in selection_rows(base)
+        if (row["world"], row["scorer"], row["protocol"]) == wanted
+        and (scorer == "auto" or row["within"] == within)
+        and fraction in (None, row["fraction"])
+    ]
+
+
+def runs(base: str, world: str, scorer: str, fraction: float | None = None, **more: str) -> Pools:
+    """Right or wrong for every question, by pool, averaged over the draws where there are several, [Q] each."""
+    by_seed: dict[int, list[np.ndarray]] = {}
+    for row in picked(base, world, scorer, fraction, **more):
+        by_seed.setdefault(row["seed"], []).append(np.array(list(row["right"]), dtype=float))
+    return {seed: np.mean(rows, axis=0) for seed, rows in by_seed.items()}
+
+
+def headed(first: str, base: str) -> list[str]:
+    return [first, *(f"{world} ({len(runs(base, world, 'full'))})" for world in worlds(base))]
+
+
+def mean_of(pools: Pools) -> str:
+    return f"{np.mean([v.mean() for v in pools.values()]):.3f}" if pools else ""
+
+
+def accuracies(base: str, fraction: float) -> str:
+    """Accuracy by world of what each way of selecting keeps at one fraction, mean over pools."""
+    rows = []
+    for scorer, name in NAMES.items():
+        found = [runs(base, world, scorer, fraction) for world in worlds(base)]
+        if any(found):
+            label = name if scorer in WHOLE or scorer.startswith("put") else f"{name} {fraction:.0%}"
+            rows.append([label, *map(mean_of, found)])
+    return table(headed("trained on", base), rows)
+
+
+def gains(base: str, fraction: float, over: str) -> str:
+    """Gain over another arm at the same fraction (or over full SFT or the base), paired, by world, with intervals."""
+    rows = []
+    for scorer in COMPARED:
+        if scorer == over:
+            continue
+        cells = [
+            difference(runs(base, world, scorer, fraction), runs(base, world, over, fraction)) for world in worlds(base)
+        ]
+        if any(cells):
+            rows.append([NAMES[scorer], *cells])
+    return table(headed("selected", base), rows)
+
+
+def fractions(base: str) -> str:
+    """Accuracy by share kept: how the best share moves with the noise."""
+    rows = []
+    for scorer in ("exact", "calibrated", "low_loss", "random"):
+        for fraction in (0.1, 0.2, 0.5, 0.8):
+            found = [runs(base, world, scorer, fraction) for world in worlds(base)]
+            if any(found):
+                rows.append([f"{NAMES[scorer]} {fraction:.0%}", *map(mean_of, found)])
+    rows.append(["full SFT, 100%", *(mean_of(runs(base, world, "full")) for world in worlds(base))])
+    return table(headed("kept", base), rows)
+
+
+def variants(base: str) -> str:
+    """What it changes to rank the whole pool at once, and to train for fixed epochs, at 50 %: paired differences."""
+    rows = []
+    for scorer in ("exact", "calibrated", "low_loss", "random"):
+        usual = [runs(base, world, scorer, 0.5) for world in worlds(base)]
+        for name, more in (
+            ("global minus within domains", {"within": "global"}),
+            ("fixed epochs minus fixed compute", {"protocol": "fixed epochs"}),
+        ):
+            found = [runs(base, world, scorer, 0.5, **more) for world in worlds(base)]
+            if any(found):
+                cells = [difference(one, other) for one, other in zip(found, usual, strict=True)]
+                rows.append([f"{NAMES[scorer]}: {name}", *cells])
+    return table(headed("at 50 %", base), rows)
+
+
+def put_back(base: str) -> str:
+    """Is what the score calls worst harmful when it is put back? Against the half alone, paired."""
+    rows = []
+    for scorer in ("put back worst", "put back random"):
+        found = [difference(runs(base, w, scorer, 0.5), runs(base, w, "exact", 0.5)) for w in worlds(base)]
+        rows.append([f"{NAMES[scorer]}, minus exact 50 %", *found])
+    worst_over_random = [
+        difference(runs(base, w, "put back worst", 0.5), runs(base, w, "put back random", 0.5)) for w in worlds(base)
+    ]
+    rows.append(["the worst fifth minus a random one", *worst_over_random])
+    shares = []
+    for world in worlds(base):
+        found = [
+            f"{np.mean([1 - r['share']['clean'] - r['share']['near_copy'] for r in picked(base, world, s, 0.5)]):.2f}"
+            for s in ("exact", "put back worst", "put back random")
+            if picked(base, world, s, 0.5)
+        ]
+        shares.append(" / ".join(found))
+    rows.append(["faulty: half / with the worst / with random", *shares])
+    return table(headed("put back", base), rows)
+
+
+def kept_faults(base: str, fraction: float) -> str:
+    """Share of faulty samples and of hard ones in what is kept."""
+    rows = []
+    for scorer in ("full", *COMPARED[:-1]):
+        cells = []
+        for world in worlds(base):
+            found = picked(base, world, scorer, fraction)
+            faulty = [1 - row["share"]["clean"] - row["share"]["near_copy"] for row in found]
+            hard = [row["hard"] for row in found]
+            cells.append(f"{np.mean(faulty):.2f} / {np.mean(hard):.2f}" if found else "")
+        if any(cells):
+            rows.append([NAMES[scorer], *cells])
+    return table(headed("kept by", base), rows)
+
+
+def auto(base: str) -> str:
+    """What the bake-off chose in every world and pool, beside the best arm that was trained there."""
+    rows = []
+    for row in (r for r in selection_rows(base) if r["scorer"] == "auto"):
+        same = [
+            r
+            for r in selection_rows(base)
+            if (r["world"], r["seed"], r["protocol"]) == (row["world"], row["seed"], "fixed compute")
+        ]
+        by_name = {r["scorer"]: r for r in same}
+        best = max((r for r in same if r["scorer"] not in ("auto", "oracle", "judge", "deita")), key=_accuracy)
+        over = row["over_base"]
+        rows.append(
+            [
+                f"{row['world']}, pool {row['seed']}",
+                " ".join([NAMES[row["chose"]], *[f"{row['fraction']:.0%} {row['within']}"] * (row["fraction"] < 1)]),
+                f"{row['accuracy']:.3f}",
+                *(f"{by_name[name]['accuracy']:.3f}" for name in ("base", "full", "oracle")),
+                f"{NAMES[best['scorer']]} {best['fraction']:.0%}: {best['accuracy']:.3f}",
+                f"{over[0]:+.3f} [{over[1]:+.3f}, {over[2]:+.3f}]",
+            ]
+        )
+    head = ["world", "auto chose", "accuracy", "base", "full SFT", "oracle", "best arm trained", "race: over the base"]
+    return table(head, rows)
+
+
+def _accuracy(row: Row) -> float:
+    return row["accuracy"]
+
+
+def auto_gains(base: str) -> str:
+    """The bake-off against what a user would do without it, paired over pools and questions."""
+    others = (("base", None), ("full", None), ("random", 0.5), ("low_loss", 0.5), ("low_loss", 0.2), ("exact", 0.5))
+    rows = []
+    for scorer, fraction in others:
+        cells = [difference(runs(base, w, "auto"), runs(base, w, scorer, fraction)) for w in worlds(base)]
+        rows.append([f"{NAMES[scorer]}{f' {fraction:.0%}' if fraction else ''}", *cells])
+    oracle = [difference(runs(base, w, "auto"), runs(base, w, "oracle")) for w in worlds(base)]
+    return table(headed("auto minus", base), [*rows, ["oracle: clean samples only", *oracle]])
+
+
+def separation(base: str) -> str:
+    """AUC of each score for clean against faulty samples; in brackets for hard clean ones against faulty ones."""
+    rows = []
+    names = ("exact", "calibrated", "tail", "first_order", "less", "low_loss")
+    for world in worlds(base):
+        found = [r["agreements"] for r in selection_rows(base) if r["scorer"] == "auto" and r["world"] == world]
+        cells = []
+        for name in names:
+            values = [[f[f"auc {name}{hard}"] for f in found] for hard in ("", ", hard")]
+            known = all(v is not None for pair in values for v in pair) and found
+            cells.append(f"{np.mean(values[0]):.2f} ({np.mean(values[1]):.2f})" if known else "")
+        if any(cells):
+            rows.append([world, *cells])
+    return table(["world", *(NAMES[name] for name in names)], rows)
+
+
+def costs(base: str) -> str:
+    """Seconds of scoring the pool in epochs; an epoch is what 20 steps more take, median over all trained models."""
+    rows = selection_rows(base)
+    seconds = {
+        steps: np.median([r["seconds"] for r in rows if r["steps"] == steps and r["scorer"] != "auto"] or [np.nan])
+        for steps in (20, 40)
+    }
+    epoch = seconds[40] - seconds[20]
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["scorer"] == "auto":
+            found.setdefault("auto", []).append(row["race_steps"] / 20)
+            for name, taken in row["score_seconds"].items():
+                found.setdefault(name, []).append(taken / epoch)
+    shown = {
+        **NAMES,
+        "probing": "probing, shared by all of OST and the dot products",
+        "auto": "bake-off: its trainings",
+    }
+    head = ["what", "epochs of training, median over worlds and pools"]
+    return table(head, [[shown[name], f"{np.median(taken):.1f}"] for name, taken in found.items()])
+
+
+def settings(world: str) -> str:
+    """What one changed setting of the exact score does: separation and trained models, with gains over the default."""
+    slug = world.replace(" %", "").replace(" ", "-")
+    paths = sorted((RESULTS / "scoring_settings").glob(f"{slug}-blurred-*.json"))
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] == "exact"]
+
+    def of(setting: str, fraction: float) -> Pools:
+        rows = [r for r in found if (r["setting"], r["fraction"]) == (setting, fraction)]
+        return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in rows}
+
+    rows = []
+    for setting in dict.fromkeys(row["setting"] for row in found):
+        same = [r for r in found if r["setting"] == setting and r["fraction"] == 0.5]
+        cells = [f"{np.mean([r['auc'] for r in same]):.2f} ({np.mean([r['auc hard'] for r in same]):.2f})"]
+        cells.append(f"{np.mean([r['spearman with low loss'] for r in same]):.2f}")
+        for fraction in (0.5, 0.2):
+            cells.append(mean_of(of(setting, fraction)))
+            cells.append("" if setting == "default" else difference(of(setting, fraction), of("default", fraction)))
+        rows.append([f"{setting} ({len(same)})", *cells])
+    head = [
+        "setting",
+        "AUC (hard)",
+        "Spearman with low loss",
+        "at 50 %",
+        "over the default",
+        "at 20 %",
+        "over the default",
+    ]
+    return table(head, rows)
+
+
+def other_losses() -> str:
+    """AUC of losses under tuned proxies, mean over pools."""
+    path = RESULTS / "other_losses.json"
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    names = list(dict.fromkeys(row["world"] for row in found))
+    rows = []
+    for score, steps in dict.fromkeys((row["score"], row["steps"]) for row in found):
+        cells = []
+        for world in names:
+            same = [r for r in found if (r["world"], r["score"], r["steps"]) == (world, score, steps)]
+            cells.append(f"{np.mean([r['auc'] for r in same]):.2f} ({np.mean([r['auc hard'] for r in same]):.2f})")
+        rows.append([score, str(steps), *cells])
+    pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
+    return table(["score", "steps", *(f"{w} ({n})" for w, n in zip(names, pools, strict=True))], rows)
+
+
+def summary(bases: Sequence[str] = ("blurred", "shipped")) -> str:
+    """The table of the README: accuracy with its interval, over all pools, of what users would do."""
+    rows = []
+    for base in bases:
+        for world in worlds(base):
+            cells = []
+            for scorer, fraction in (
+                ("base", None),
+                ("full", None),
+                ("random", 0.5),
+                ("low_loss", 0.5),
+                ("auto", None),
+            ):
+                found = runs(base, world, scorer, fraction)
+                mean, low, high = interval(list(found.values())) if found else (np.nan,) * 3
+                cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]" if found else "")
+            rows.append([world + (", shipped base" if base == "shipped" else ""), *cells])
+    return table(["world", "untrained", "full SFT", "random 50 %", "low loss 50 %", "Datalloy's choice"], rows)
