@@ -1,13 +1,14 @@
-"""Which settings of the exact score train best? A world and one changed setting at a time in, trained models out.
+"""Which settings of the score train best? A world and one changed setting at a time in, trained models out.
 
     python experiments/scoring_settings.py --world "wrong 30 %" --seeds 0 1 2
-    python experiments/scoring_settings.py --world "hard matters" --settings default "step 1/4" unit_norm adamw
+    python experiments/scoring_settings.py --world "hard matters" --settings exact "exact, step 1/4" "exact, unit norm"
 
-For every setting the pool of that world (selection.py) is scored by the exact step, the base is trained on the best
-half and the best fifth of each domain at equal compute, and answers the held-out questions. Settings: the step size
-(multiples of the Polyak step, where the default asks for a step that changes the targets' loss by 200 %), the rule of
-the step, warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16 and 64 items a target (default 32),
-the unblurred model as proxy. `low_loss` is beside them, under every proxy. Resumable. Two minutes of one core a row.
+For every setting the pool of that world (selection.py) is scored, the base is trained on the best half and the best
+fifth of each domain at equal compute, and answers the held-out questions. Of the exact step: its size (multiples of the
+Polyak step, where the default asks for a step that changes the targets' loss by 200 %) and its rule. Of the calibrated
+score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16 and 64 items a target
+(default 32), the unblurred model as proxy, ranking by length. `low_loss` is beside them, under every proxy.
+Resumable. One minute of one core a setting of `calibrated`, two of `exact`.
 """
 
 import argparse
@@ -25,29 +26,31 @@ from selection import WORLDS, Job, auc, open_world, slug
 from datalloy.run import write_json
 from datalloy.uncertainty import rank_agreement
 
-STEPS = {"step 1/16": 0, "step 1/4": 1, "step 1": 2, "step 4": 3}  # rows of the scan, multiples of the Polyak step
+# rows of the scan, multiples of the Polyak step
+STEPS = {"exact, step 1/16": 0, "exact, step 1/4": 1, "exact, step 1": 2, "exact, step 4": 3}
 SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
+    "exact": (),
     **dict.fromkeys(STEPS, ()),
-    "unit_norm": ("score.step_rule=unit_norm",),
-    "adamw": ("score.step_rule=adamw",),
-    "warm-up 0 %": ("score.warmup_fraction=0",),
-    "warm-up 25 %": ("score.warmup_fraction=0.25",),
-    "warm-up 100 %": ("score.warmup_fraction=1",),
-    "8 items a target": ("score.target_items=8",),
-    "16 items a target": ("score.target_items=16",),
-    "64 items a target": ("score.target_items=64",),
-    "proxy: the unblurred model": ("proxy=tiny",),
+    "exact, unit norm": ("score.step_rule=unit_norm",),
+    "exact, adamw": ("score.step_rule=adamw",),
+    "calibrated": (),
+    "calibrated, warm-up 0 %": ("score.warmup_fraction=0",),
+    "calibrated, warm-up 25 %": ("score.warmup_fraction=0.25",),
+    "calibrated, warm-up 100 %": ("score.warmup_fraction=1",),
+    "calibrated, 8 items a target": ("score.target_items=8",),
+    "calibrated, 16 items a target": ("score.target_items=16",),
+    "calibrated, 64 items a target": ("score.target_items=64",),
+    "calibrated, the unblurred model as proxy": ("proxy=tiny",),
+    "calibrated, ranked by length": ("score.length_normalised=true",),
 }
-ONE_SCORER = ("score.method=exact",)
 FRACTIONS = (0.5, 0.2)
 
 
 def run_setting(setting: str, name: str, base: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     step = (f"score.step={scanned_step(folder, STEPS[setting])}",) if setting in STEPS else ()
-    run = slug(setting).replace("/", "-").replace(":", "")
-    with open_world(name, base, seed, folder, (*ONE_SCORER, *SETTINGS[setting], *step), run) as world:
-        table = world.scores("exact")
+    run, scorer = slug(setting).replace("/", "-").replace(",", ""), setting.split(",")[0]
+    with open_world(name, base, seed, folder, (f"score.method={scorer}", *SETTINGS[setting], *step), run) as world:
+        table = world.scores(scorer)
         scan = (world.run.finished("probes") or {})["scans"]["exact"]
         found = {
             "auc": auc(table.utility, world.is_clean_N),
@@ -56,13 +59,13 @@ def run_setting(setting: str, name: str, base: str, seed: int, folder: Path) -> 
             "step": scan["chosen"],
             "negative": float(np.mean(table.utility < 0)),
         }
-        rows = [world.row(Job(scorer, fraction)) for scorer in ("exact", "low_loss") for fraction in FRACTIONS]
+        rows = [world.row(Job(scorer, fraction)) for scorer in (scorer, "low_loss") for fraction in FRACTIONS]
         return [{"setting": setting, **found, **row} for row in rows]
 
 
 def scanned_step(folder: Path, row: int) -> float:
     """The step of a row of the default run's scan."""
-    record = json.loads((folder / "default" / "units" / "probes.json").read_bytes())
+    record = json.loads((folder / "exact" / "units" / "probes.json").read_bytes())
     return record["data"]["scans"]["exact"]["rows"][row]["step"]
 
 

@@ -170,7 +170,9 @@ class World:
         elif scorer == "deita":
             settings = settings.model_copy(update={"diversity": "threshold"})
         scores, directions_ND = self.scores(scorer, job.draw), self.workflow._directions_ND
-        return self.workflow._kept_indices(select(scores, settings, fraction=job.fraction, direction_ND=directions_ND))
+        normalised = self.run.recipe.score.length_normalised
+        kept = select(scores, settings, fraction=job.fraction, direction_ND=directions_ND, length_normalised=normalised)
+        return self.workflow._kept_indices(kept)
 
     def put_back(self, job: Job) -> list[int]:
         """The half that exact utility prefers, and a fifth of the pool: the worst, or a random one of the rest."""

@@ -259,7 +259,7 @@ def settings(world: str) -> str:
     """What one changed setting of the exact score does: separation and trained models, with gains over the default."""
     slug = world.replace(" %", "").replace(" ", "-")
     paths = sorted((RESULTS / "scoring_settings").glob(f"{slug}-blurred-*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] == "exact"]
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] != "low_loss"]
 
     def of(setting: str, fraction: float) -> Pools:
         rows = [r for r in found if (r["setting"], r["fraction"]) == (setting, fraction)]
@@ -272,7 +272,8 @@ def settings(world: str) -> str:
         cells.append(f"{np.mean([r['spearman with low loss'] for r in same]):.2f}")
         for fraction in (0.5, 0.2):
             cells.append(mean_of(of(setting, fraction)))
-            cells.append("" if setting == "default" else difference(of(setting, fraction), of("default", fraction)))
+            usual = of(setting.split(",")[0], fraction)
+            cells.append(difference(of(setting, fraction), usual) if "," in setting else "")
         rows.append([f"{setting} ({len(same)})", *cells])
     head = [
         "setting",
