@@ -4,11 +4,12 @@
     python experiments/joint.py --worlds "wrong 30 %" --seeds 0
 
 Three domains, two of which have a target, with the faults of the worlds of selection.py in all three. Five ordinary
-recipes: `full SFT` (all samples as they lie), `selection` (the bake-off between fractions of low loss), `mixture` (whole
-domains, merged experts, three real runs), `both` (the mixture of what the bake-off keeps) and `buckets` (every domain cut
-at the middle of its scores, and the six halves mixed). The final training takes 40 steps of 16 everywhere; `steps`
-says how many were taken to decide. The base is blurred (bases.py). Beside the rows stands how far domain-level utility
-(the mean over a domain) ranks domains as the searched shares do. Resumable. About five minutes of one core a world and seed.
+recipes: `full SFT` (all samples as they lie), `selection` (the bake-off between fractions of low loss), `mixture`
+(whole domains, merged experts, three real runs), `both` (the mixture of what the bake-off keeps) and `buckets` (every
+domain cut at the middle of its scores, and the six halves mixed). The final training takes 40 steps of 16 everywhere;
+`steps` says how many were taken to decide. The base is blurred (bases.py). Beside the rows stands how far domain-level
+utility (the mean over a domain) ranks domains as the searched shares do. Resumable. Five minutes of one core a world
+and seed.
 """
 
 import argparse
@@ -49,19 +50,26 @@ WAYS: Mapping[str, dict[str, Any]] = {
 
 def recipe_of(way: str, seed: int, base: str) -> dict[str, Any]:
     recipe: dict[str, Any] = {
-        "name": f"joint-{way}",
+        "name": f"joint-{slug(way)}",
         "base": base,
         "domains": {name: {"path": f"data/{name}.jsonl"} for name in ALL},
         "targets": {name: {"path": f"data/{name}.target.jsonl"} for name in DOMAINS},
         "evaluation": {f"{name}-holdout": {"path": f"data/{name}.holdout.jsonl"} for name in DOMAINS},
         "score": {"method": "auto", "target_items": 32, "warmup_fraction": 0, "seed": seed},
         "select": {
-            **{"bakeoff_arms": ["low_loss"], "bakeoff_fractions": [0.2, 0.5, 0.8], "bakeoff_epochs": 8.0},
-            **{"drop_toxic": False, "seed": seed},
+            "bakeoff_arms": ["low_loss"],
+            "bakeoff_fractions": [0.2, 0.5, 0.8],
+            "bakeoff_epochs": 8.0,
+            "drop_toxic": False,
+            "seed": seed,
         },
         "train": {
-            **{"adapter": "none", "freeze_vision": False, "learning_rate": 5e-4},
-            **{"batch_size": BATCH, "samples": STEPS * BATCH, "seed": seed},
+            "adapter": "none",
+            "freeze_vision": False,
+            "learning_rate": 5e-4,
+            "batch_size": BATCH,
+            "samples": STEPS * BATCH,
+            "seed": seed,
         },
         "evaluate": {"max_new_tokens": 12, "batch_size": 100},
         "leakage": {"on_leak": "allow"},
