@@ -1,20 +1,25 @@
 """What does one more real run buy? Run folders of mixtures.py in, agreement and regret by the number of real runs out.
 
-    python experiments/mixture_curves.py runs/drawn3-none-0 runs/two_of_three-none-0 ... --out FILE
+    python experiments/mixture_curves.py experiments/results/mixtures_*_blurred.json --runs runs
 
 Every predictor gets the K experts, which all of them can use as trained mixtures, and R really trained inner mixtures;
 regressions also in a variant that spends all K + R trainings on inner mixtures. It then predicts the mean over the
 targets for every mixture of the design that it has not seen (Spearman with what training gave) and picks one of all
 (regret: how much worse that is than the best of the design, in the metric's unit). `calibrated` and the regressions see
 the same random draws of inner mixtures, 20 of each size; `planned` chooses its runs one after the other as
-`datalloy verify` does: the best as predicted so far. `merged` and `MixMin` need no real run. Ceiling: where everything
-was trained twice, the Spearman of one training with the other.
+`datalloy verify` does: the best as predicted so far. `merged`, `MixMin` and `uniform` need no real run.
+
+Where everything was trained twice from different seeds, one training is what predictors see and the other, which none
+of them has seen, is what they are judged by: so no predictor is rewarded for having seen the luck of a run. `seed noise
+known` is the calibrated merge told how far the two trainings differ. `one more training` predicts by the first training
+of every mixture, all of them: the most that could be bought.
 """
 
 import argparse
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +47,34 @@ def load(run: Path) -> dict[str, np.ndarray]:
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
-def curves(trained: TrainedMixtures, seed: int) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Case:
+    """A design that was trained: what predictors see, and by what they are judged, means over targets [N]."""
+
+    trained: TrainedMixtures
+    judged_N: np.ndarray
+    seed_sd_G: np.ndarray | None  # between trainings, where everything was trained twice
+
+    @property
+    def vertices(self) -> np.ndarray:
+        return np.flatnonzero(self.trained.is_vertex_N)
+
+    @property
+    def inner(self) -> np.ndarray:
+        return np.flatnonzero(~self.trained.is_vertex_N)
+
+    def judge(self, predicted_N: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
+        """Spearman over inner mixtures that were not seen, and regret of the pick among all."""
+        held_out = np.setdiff1d(self.inner, seen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a constant prediction has no rank agreement: nan
+            rank = spearmanr(predicted_N[held_out], self.judged_N[held_out]).statistic if len(held_out) > 2 else np.nan
+        return rank, float(self.judged_N.max() - self.judged_N[int(predicted_N.argmax())])
+
+
+def curves(case: Case, seed: int) -> Iterator[dict[str, Any]]:
     """One row a predictor and number of real runs: mean Spearman and regret over the draws."""
-    weight_NK, true_N = trained.weight_NK, trained.true_NG.mean(axis=1)
-    vertices, inner = np.flatnonzero(trained.is_vertex_N), np.flatnonzero(~trained.is_vertex_N)
+    trained, vertices, inner = case.trained, case.vertices, case.inner
 
     def row(name: str, runs: int, found: list[tuple[float, float]]) -> dict[str, Any]:
         spearman, regret = np.array(found).T
@@ -58,28 +87,30 @@ def curves(trained: TrainedMixtures, seed: int) -> Iterator[dict[str, Any]]:
             "worst regret": float(regret.max()),
         }
 
-    def judge(predicted_N: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
-        held_out = np.setdiff1d(inner, seen)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a constant prediction has no rank agreement: nan
-            rank = spearmanr(predicted_N[held_out], true_N[held_out]).statistic if len(held_out) > 2 else np.nan
-        return rank, float(true_N.max() - true_N[int(predicted_N.argmax())])
-
-    yield row("merged", 0, [judge(trained.merged_NG.mean(axis=1), vertices)])
+    yield row("merged", 0, [case.judge(trained.merged_NG.mean(axis=1), vertices)])
+    distance_N = np.abs(trained.weight_NK - 1 / len(vertices)).sum(axis=1)
+    yield row("uniform", 0, [(np.nan, case.judge(-distance_N, vertices)[1])])
+    if case.seed_sd_G is not None:
+        yield row("one more training", len(inner), [case.judge(trained.true_NG.mean(axis=1), vertices)])
     log_prob_KV = trained.true_NV[vertices]
     if (log_prob_KV <= 0).all():  # losses, negated: log-probabilities a token
-        yield row("MixMin", 0, [judge(MixMin(log_prob_KV).predict(weight_NK), vertices)])
+        yield row("MixMin", 0, [case.judge(MixMin(log_prob_KV).predict(trained.weight_NK), vertices)])
+    calibrated = {"calibrated": trained}
+    if case.seed_sd_G is not None:
+        calibrated["calibrated, seed noise known"] = replace(trained, seed_sd_G=case.seed_sd_G)
     for runs in (r for r in RUNS if r <= len(inner) - 3):
         rng = np.random.default_rng([seed, runs])
         draws = [rng.choice(inner, runs, replace=False) for _ in range(DRAWS)]
-        yield row("calibrated", runs, [judge(_calibrated(trained, np.r_[vertices, d]), d) for d in draws])
-        planned = _planned(trained, vertices, inner, runs)
-        yield row("calibrated, planned", runs, [judge(_calibrated(trained, np.r_[vertices, planned]), planned)])
+        for name, data in calibrated.items():
+            yield row(name, runs, [case.judge(_calibrated(data, np.r_[vertices, d]), d) for d in draws])
+            planned = _planned(data, vertices, inner, runs)
+            found = [case.judge(_calibrated(data, np.r_[vertices, planned]), planned)]
+            yield row(f"{name}, planned", runs, found)
         more = [rng.choice(inner, min(runs + len(vertices), len(inner) - 3), replace=False) for _ in range(DRAWS)]
         for name, make in SURROGATES.items():
             few = FEWER_DRAWS if name in SLOW else DRAWS
-            yield row(name, runs, [judge(_fit(make, trained, np.r_[vertices, d]), d) for d in draws[:few]])
-            yield row(f"{name}, inner only", runs, [judge(_fit(make, trained, d), d) for d in more[:few]])
+            yield row(name, runs, [case.judge(_fit(make, trained, np.r_[vertices, d]), d) for d in draws[:few]])
+            yield row(f"{name}, inner only", runs, [case.judge(_fit(make, trained, d), d) for d in more[:few]])
 
 
 def _calibrated(trained: TrainedMixtures, seen: np.ndarray) -> np.ndarray:
@@ -113,23 +144,20 @@ def _fit(make: Callable[[], Any], trained: TrainedMixtures, seen: np.ndarray) ->
     return surrogate.predict(trained.weight_NK)
 
 
-def of_run(world: str, row: dict[str, Any], run: Path) -> Iterator[dict[str, Any]]:
+def cases(row: dict[str, Any], run: Path, other: Path | None) -> Iterator[tuple[str, Case]]:
+    """The design of a run by every metric, judged by another run's trainings where there is one."""
     values = load(run)
-    weight_NK = np.array(row["weights"])
-    items = values["true:loss"].shape[1]
+    judged = load(other) if other else values
     targets = len(row["values"]["true:loss"][0])
-    target_V = np.repeat(np.arange(targets), items // targets)
+    target_V = np.repeat(np.arange(targets), values["true:loss"].shape[1] // targets)
     for metric in METRICS:
-        if f"true:{metric}" not in values:
-            continue
-        names = tuple(map(str, range(targets)))
-        trained = TrainedMixtures(
-            names, weight_NK, values[f"true:{metric}"], values[f"merged:{metric}"], target_V, np.zeros(targets)
-        )
-        inner = ~trained.is_vertex_N
-        spread = float(np.ptp(trained.true_NG.mean(axis=1)[inner]))
-        for found in curves(trained, row["seed"]):
-            yield {"world": world, "seed": row["seed"], "metric": metric, "spread": spread, **found}
+        true_NV, judged_NV = values[f"true:{metric}"], judged[f"true:{metric}"]
+        names, weight_NK = tuple(map(str, range(targets))), np.array(row["weights"])
+        trained = TrainedMixtures(names, weight_NK, true_NV, values[f"merged:{metric}"], target_V, np.zeros(targets))
+        judged_NG = replace(trained, true_NV=judged_NV).true_NG
+        # two draws differ by sqrt(2) standard deviations
+        seed_sd_G = (trained.true_NG - judged_NG)[~trained.is_vertex_N].std(axis=0) / np.sqrt(2)
+        yield metric, Case(trained, judged_NG.mean(axis=1), seed_sd_G if other else None)
 
 
 def main() -> None:
@@ -141,13 +169,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for path in args.results:
         result = json.loads(path.read_text())
-        world = result["world"] if result["adapter"] == "none" else f"{result['world']}, LoRA"
+        about = {name: result[name] for name in ("world", "base", "adapter")}
         for row in result["rows"]:
-            seeds = (row["seed"], row["train_seed"])
-            folder = run_folder(args.runs, result["world"], result["base"], result["adapter"], *seeds)
-            for found in of_run(world, row, folder):
-                rows.append({**found, "base": result["base"], "train_seed": seeds[1]})
-            print(path.name, seeds, flush=True)
+            seeds = row["seed"], row["train_seed"]
+            others = [r["train_seed"] for r in result["rows"] if r["seed"] == seeds[0] and r["train_seed"] != seeds[1]]
+            runs = [run_folder(args.runs, *about.values(), seeds[0], train_seed) for train_seed in (seeds[1], *others)]
+            for metric, case in cases(row, runs[0], runs[1] if others else None):
+                spread = float(np.ptp(case.judged_N[case.inner]))
+                which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
+                rows += [{**which, **found} for found in curves(case, seeds[0])]
+            print(path.name, *seeds, flush=True)
     write_json(args.out, {"rows": rows, **provenance()})
 
 

@@ -224,7 +224,7 @@ class World:
             work = self.workflow
             items = work._judge()
             outcome = bakeoff.race(
-                bakeoff.make_arms(AUTO_ARMS, AUTO_FRACTIONS, ("domain", "global")),
+                bakeoff.make_arms(AUTO_ARMS, AUTO_FRACTIONS),
                 lambda arm, steps, number: work._run_arm(arm, steps, number, items),
                 base_V=items.values(work._base),
                 weight_V=work._item_weights(items),

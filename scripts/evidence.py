@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "picks": evidence_mixtures.picks,
     "ceiling": evidence_mixtures.ceiling,
     "curves": evidence_mixtures.curves,
+    "joint": evidence_mixtures.joint,
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>\w+)(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

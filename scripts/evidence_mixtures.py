@@ -1,4 +1,4 @@
-"""The rows of experiments/mixtures.py and mixture_curves.py in, tables about mixtures out."""
+"""The rows of experiments/mixtures.py, mixture_curves.py and joint.py in, tables about mixtures out."""
 
 import json
 from functools import cache
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from evidence_tables import table
+from evidence_tables import difference, table
 
 RESULTS = Path("experiments/results")
+FINAL_STEPS = 40  # of joint.py
 SIZES = (0, 1, 2, 3, 4, 6, 8)
 
 
@@ -110,3 +111,26 @@ def curves(metric: str) -> str:
             cells.append(f"{rank} / {np.mean(regrets):.2f}" if same else "")
         rows.append([predictor.replace("_", " "), *cells])
     return table(["predictor", *(f"{size} runs" for size in SIZES)], rows)
+
+
+def joint() -> str:
+    """Accuracy of neither, selection, mixture, both and buckets, with gains over full SFT and what deciding took."""
+    paths = sorted((RESULTS / "joint").glob("*.json"))
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    rows = []
+    for world in dict.fromkeys(row["world"] for row in found):
+
+        def of(way: str, world: str = world) -> dict[int, np.ndarray]:
+            same = [r for r in found if (r["world"], r["way"]) == (world, way)]
+            return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in same}
+
+        for way in dict.fromkeys(row["way"] for row in found):
+            same = [r for r in found if (r["world"], r["way"]) == (world, way)]
+            gain = "" if way == "full SFT" else difference(of(way), of("full SFT"))
+            accuracy = f"{np.mean([v.mean() for v in of(way).values()]):.3f}"
+            steps = f"{np.mean([r['steps'] for r in same]) / FINAL_STEPS:.1f}"
+            agreement = [r["agreement"] for r in same if "agreement" in r]
+            told = f"{np.mean(agreement):+.2f}" if agreement else ""
+            rows.append([f"{world} ({len(same)})", way, accuracy, gain, steps, told])
+    head = ["world", "way", "accuracy", "over full SFT", "trainings to decide", "domain utility with shares"]
+    return table(head, rows)

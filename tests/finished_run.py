@@ -163,7 +163,7 @@ def _bakeoff(run: Run) -> dict:
         run.commit(f"bakeoff/{number}-{arm.name}", [], {"steps": steps, "values": [], "seconds": 0.5})
         return items_V + worth[arm.scorer] * arm.fraction * steps / 30 + random.normal(0, 0.05, ITEMS)
 
-    arms = make_arms(("calibrated", "low_loss"), (0.3, 0.5, 0.7), ("domain",))
+    arms = make_arms(("calibrated", "low_loss"), (0.3, 0.5, 0.7))
     weight_V = np.full(ITEMS, 1 / ITEMS)
     outcome = race(arms, run_arm, base_V=items_V - 0.1, weight_V=weight_V, budget_steps=900, longest_steps=300, seed=0)
     return asdict(outcome)

@@ -6,7 +6,7 @@ import torch
 
 from datalloy.config import Evaluate, Train
 from datalloy.errors import DataError, ModelError
-from datalloy.evaluation import MetricItems, answer_losses, evaluate
+from datalloy.evaluation import JudgedItems, MetricItems, answer_losses, evaluate
 from datalloy.sample import Turn
 from datalloy.training import train
 from drawn import build_vlm, draw_samples
@@ -214,6 +214,23 @@ def test_more_blocks_than_items_are_refused(vlm, targets):
 def test_a_target_without_items_is_refused(vlm, targets):
     with pytest.raises(DataError, match="target matched has 0 items"):
         MetricItems.lay_out(vlm, targets | {"matched": []}, METRICS, SETTINGS, blocks=1)
+
+
+def test_a_race_is_judged_by_marks_and_probabilities_half_each(vlm, targets):
+    metrics = dict.fromkeys(targets, "exact_match")
+    judged = JudgedItems.lay_out(vlm, targets, metrics, SETTINGS)
+    marks_V, probability_V = (
+        MetricItems.lay_out(vlm, targets, dict.fromkeys(targets, metric), SETTINGS, blocks=1).values(vlm)
+        for metric in ("exact_match", "answer_probability")
+    )
+    np.testing.assert_allclose(judged.values(vlm), (marks_V + probability_V) / 2)
+
+
+def test_a_race_on_targets_for_which_nothing_is_written_is_judged_by_their_own_values(vlm, targets):
+    metrics = dict.fromkeys(targets, "loss")
+    judged = JudgedItems.lay_out(vlm, targets, metrics, SETTINGS)
+    expected_V = MetricItems.lay_out(vlm, targets, metrics, SETTINGS, blocks=1).values(vlm)
+    np.testing.assert_array_equal(judged.values(vlm), expected_V)
 
 
 def test_a_candidate_whose_loss_is_not_finite_is_refused_with_the_sample(vlm, targets):

@@ -1,8 +1,7 @@
 """Arms in, the arm to train on out, decided by small measured runs: a race on the proxy.
 
 No score is right everywhere: finite-step utility throws out harm but also hard samples that the target needs, low
-loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction x ranked within domains or globally)
-is trained for a few steps at equal compute and judged on the target items, by what their metric asks for. Random and
+loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction) is trained for a few steps at equal compute and judged on the target items, by what their metric asks for. Random and
 the full pool are always among the arms, and "keep everything" is a possible answer. The base is measured beside them:
 where every arm falls below it, the pool does harm, and that is said.
 
@@ -13,8 +12,8 @@ Three rounds: all arms run briefly; the best four and the two reference arms run
 long, so that the winner's margin over each is measured at equal compute; the best two of these three times as long
 again. Long runs are what the decision needs: a small clean selection leads at first and is overtaken when it has been
 repeated often, and wrong answers do their harm late. So no arm is ruled out by how sure a short run is of it, and the
-leader meets its own next larger selection in the last round. Where the budget is too small for three rounds there are
-two.
+leader meets its own next larger selection in the last round, and the full pool. Where the budget is too small for three
+rounds there are two.
 """
 
 import logging
@@ -29,14 +28,14 @@ from datalloy.uncertainty import Interval, paired_interval
 log = logging.getLogger(__name__)
 
 SECOND_ROUND = 4  # arms beside the reference arms
-LAST_ROUND = 3  # arms: the best two, and the leader's scorer at its next larger fraction
+LAST_ROUND = 4  # arms: the best two, the leader's scorer at its next larger fraction, and the full pool
 LONGER = 3  # times the steps of the round before
 MIN_STEPS = 4  # of the first round; fewer tell nothing
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to select: which score, what share of the pool, ranked within domains or over the whole pool."""
+    """One way to select: which score, what share of the pool, ranked `within` each domain or over the pool."""
 
     scorer: str
     fraction: float
@@ -78,9 +77,9 @@ class Outcome:
 FULL = Arm("full", 1.0, "domain")
 
 
-def make_arms(scorers: Sequence[str], fractions: Sequence[float], withins: Sequence[str]) -> list[Arm]:
+def make_arms(scorers: Sequence[str], fractions: Sequence[float], within: str = "domain") -> list[Arm]:
     """All combinations, and the two references: the full pool, and a random draw at the middle fraction."""
-    arms = [Arm(s, f, w) for s in scorers if s != "random" for f in fractions if f < 1 for w in withins]
+    arms = [Arm(s, f, within) for s in scorers if s != "random" for f in fractions if f < 1]
     middle = sorted(fractions)[len(fractions) // 2]
     return [FULL, Arm("random", middle if middle < 1 else 0.5, "domain"), *arms]
 
@@ -158,7 +157,8 @@ def _last_round(ranked: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
     larger = [
         a for a in arms if (a.scorer, a.within) == (leader.scorer, leader.within) and a.fraction > leader.fraction
     ]
-    return list(dict.fromkeys([leader, runner_up, *sorted(larger, key=lambda arm: arm.fraction)[:1]]))
+    full = [arm for arm in arms if arm.scorer == "full"]
+    return list(dict.fromkeys([leader, runner_up, *sorted(larger, key=lambda arm: arm.fraction)[:1], *full]))
 
 
 def _margins(

@@ -205,7 +205,7 @@ class Select(Section):
         ("calibrated", "low_loss"),
         description="Scorers that the bake-off tries, beside random and the full pool.",
     )
-    bakeoff_fractions: Annotated[tuple[Fraction, ...], Listed, Field(min_length=1)] = (0.3, 0.5, 0.7)
+    bakeoff_fractions: Annotated[tuple[Fraction, ...], Listed, Field(min_length=1)] = (0.2, 0.5, 0.8)
     seed: Seed = 0
 
     @model_validator(mode="after")

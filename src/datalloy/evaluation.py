@@ -197,6 +197,41 @@ class MetricItems:
 
 
 @dataclass(frozen=True)
+class JudgedItems:
+    """The items that a race is judged on: the mean of each one's mark and of the probability of its right answer.
+
+    That is its accuracy by greedy decoding and by sampling, half each. The probability alone is smooth but favours what
+    makes the model sure, such as few easy samples seen often; marks alone are coarse. Where the metric of a target asks
+    for no answer to be written, its own value. Price: answers are written for the other targets.
+    """
+
+    _marks: MetricItems
+    _scores: MetricItems | None  # None where nothing is written
+
+    @classmethod
+    def lay_out(
+        cls, vlm: VLM, samples: Mapping[str, Sequence[Sample]], metrics: Mapping[str, Metric], settings: Evaluate
+    ) -> "JudgedItems":
+        """Raises DataError as `MetricItems.lay_out` does."""
+        scored = {name: without_writing(metric) for name, metric in metrics.items()}
+        marks = MetricItems.lay_out(vlm, samples, metrics, settings, blocks=1)
+        return cls(marks, None if scored == metrics else MetricItems.lay_out(vlm, samples, scored, settings, blocks=1))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._marks.names
+
+    @property
+    def target_V(self) -> np.ndarray:
+        return self._marks.target_V
+
+    def values(self, vlm: VLM) -> np.ndarray:
+        """Values of the items, [V], in the order of the targets: higher is better, the metric loss comes negated."""
+        mark_V = self._marks.values(vlm)
+        return mark_V if self._scores is None else (mark_V + self._scores.values(vlm)) / 2
+
+
+@dataclass(frozen=True)
 class _Block:
     """The items of one block in batches: those whose answers are scored, and those whose answers are written."""
 

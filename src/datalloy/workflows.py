@@ -33,7 +33,7 @@ from datalloy.attempts import Attempt
 from datalloy.encoding import EncodedSamples
 from datalloy.engines import Engine, LocalEngine, Unit, complete, on_ray, processes
 from datalloy.errors import AgreementError, DataError, LeakageError, RecipeError, RunError
-from datalloy.evaluation import Evaluation, MetricItems, evaluate, without_writing
+from datalloy.evaluation import Evaluation, JudgedItems, evaluate
 from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain, export_rows
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
@@ -673,9 +673,7 @@ class Workflow:
         fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
         if len(methods) == 1 and len(fractions) == 1:
             return bakeoff.Arm(methods[0], fractions[0], settings.within), None
-        # settings.within is the user's word for a fixed choice; the race tries both, unless a mixture is searched
-        withins = ("domain",) if self.recipe.mixture else ("domain", "global")
-        arms = bakeoff.make_arms(methods, fractions, withins)
+        arms = bakeoff.make_arms(methods, fractions, settings.within)
         items = self._judge()
         batch = self.recipe.train.batch_size
         outcome = bakeoff.race(
@@ -697,18 +695,18 @@ class Workflow:
             )
         return outcome.winner, asdict(outcome)
 
-    def _judge(self) -> MetricItems:
-        """The target items that arms are judged on, by what their metrics ask for without writing answers."""
+    def _judge(self) -> JudgedItems:
+        """The target items that arms are judged on."""
         samples = self._target_items("judge")
-        metrics = {name: without_writing(self.recipe.targets[name].metric) for name in samples}
-        return MetricItems.lay_out(self._proxy_base, samples, metrics, self.recipe.evaluate, blocks=1)
+        metrics = {name: self.recipe.targets[name].metric for name in samples}
+        return JudgedItems.lay_out(self._proxy_base, samples, metrics, self.recipe.evaluate)
 
-    def _item_weights(self, items: MetricItems) -> np.ndarray:
+    def _item_weights(self, items: JudgedItems) -> np.ndarray:
         """Weight of each item in the weighted mean over targets of the mean over items, [V]; sums to one."""
         weight_G = np.array([self.recipe.targets[name].weight for name in items.names])
         return item_weights(weight_G / weight_G.sum(), items.target_V)
 
-    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: MetricItems) -> np.ndarray:
+    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: JudgedItems) -> np.ndarray:
         def measure() -> dict[str, Any]:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
             vlm = self._proxy_base.copy()
