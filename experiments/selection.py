@@ -75,7 +75,7 @@ MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
 RATING_ACCURACY = 0.8
-AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 8.0
+AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 12.5
 RECIPE = """\
 name: selection
 base: {base}

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import evidence
 import numpy as np
 import pytest
+
+import evidence
 from evidence_tables import difference, interval
 
 ROOT = Path(__file__).parent.parent

@@ -1,12 +1,13 @@
 """Arms in, the arm to train on out, decided by small measured runs: a race on the proxy.
 
 No score is right everywhere: finite-step utility throws out harm but also hard samples that the target needs, low
-loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction) is trained for a few steps at equal compute and judged on the target items, by what their metric asks for. Random and
-the full pool are always among the arms, and "keep everything" is a possible answer. The base is measured beside them:
-where every arm falls below it, the pool does harm, and that is said.
+loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction) is trained for a few steps at equal
+compute and judged on the target items. Random and the full pool are always among the arms, and "keep everything" is a
+possible answer. The base is measured beside them: where every arm falls below it, the pool does harm, and that is said.
 
-Judged by the mean loss alone the race went wrong: a few items with a confident wrong answer decide it, and arms that
-make most answers better lose (docs/decisions.md).
+What the values are is the caller's: judged by the mean loss alone the race went wrong, because a few items with a
+confident wrong answer decide it; by the probability of the right answer alone, because easy samples seen often make a
+model sure (docs/decisions.md).
 
 Three rounds: all arms run briefly; the best four and the two reference arms run again, from the start, three times as
 long, so that the winner's margin over each is measured at equal compute; the best two of these three times as long

@@ -60,8 +60,8 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
         + paragraph(
             "Each way to select was trained for a few steps at equal compute, in three rounds of growing length, and "
             "judged on target items: half by their marks, half by the probability of the right answer (by the target's "
-            f"metric alone where that asks for no answer). {outcome['steps_spent']:,} training steps were spent. The winner is "
-            f"<b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
+            f"metric alone where that asks for no answer). {outcome['steps_spent']:,} training steps were spent. The "
+            f"winner is <b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
         )
         + strips(rows, zero=0.0)
         + _rounds(outcome)
