@@ -15,12 +15,16 @@ RESAMPLES = 1000
 def interval(values: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """Mean over pools and questions with its interval; `values`: one array of questions a pool."""
     rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES):
-        pools = rng.integers(len(values), size=len(values))
-        drawn.append(np.mean([rng.choice(values[p], len(values[p])).mean() for p in pools]))
+    # [R, P]: a resampled mean of every pool for every place that a drawn pool can take
+    means = np.stack([_resampled_means(v, (RESAMPLES, len(values)), rng) for v in values])
+    pools = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    drawn = np.take_along_axis(means, pools[None], axis=0)[0].mean(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(np.mean([v.mean() for v in values])), float(low), float(high)
+
+
+def _resampled_means(value_Q: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    return value_Q[rng.integers(len(value_Q), size=(*shape, len(value_Q)))].mean(axis=-1)
 
 
 def difference(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> str:
