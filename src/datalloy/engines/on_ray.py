@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,18 @@ class RayEngine:
         ray.data.DataContext.get_current().enable_progress_bars = False
         # rows from memory: a task that reads them would wait for a CPU which the actors have all taken
         rows = ray.data.from_items([{"unit": _as_text(unit)} for unit in units], override_num_blocks=len(units))
-        done = rows.map_batches(
-            _Replica,
-            fn_constructor_args=self._worker,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=self._workers(len(units))),
-            max_restarts=SYSTEM_RETRIES,
-            max_task_retries=SYSTEM_RETRIES,
-            **self._options(),
-        )
+        with warnings.catch_warnings():
+            # the two bounds are announced to go in Ray 2.64, and so far nothing takes their place
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            done = rows.map_batches(
+                _Replica,
+                fn_constructor_args=self._worker,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=self._workers(len(units))),
+                max_restarts=SYSTEM_RETRIES,
+                max_task_retries=SYSTEM_RETRIES,
+                **self._options(),
+            )
         for row in done.iter_rows():
             failed = json.loads(row["failed"])
             yield Failure(*failed) if failed else None
