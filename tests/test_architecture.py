@@ -18,7 +18,7 @@ LAYERS = (
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
     {"checkpoints", "engines", "posterior", "scores", "vlm"},
-    {"evaluators", "encoding", "mixture", "search", "surface", "target_items"},
+    {"evaluators", "encoding", "mixture", "search", "sharding", "surface", "target_items"},
     {"bakeoff", "evaluation", "leakage", "merging", "readers", "scorers", "selection", "training"},
     {"told_recipe", "embeddings", "exporters", "mixing"},
     {"told", "costs", "report", "summary", "viewer", "workflows"},

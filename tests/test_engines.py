@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from datalloy import workflows
 from datalloy.config import load_recipe
-from datalloy.engines import Failure, LocalEngine, Unit, complete
+from datalloy.engines import Failure, LocalEngine, Unit, complete, processes
 from datalloy.errors import AgreementError, DataError, EnvironmentFault, RecipeError, RunError
 from datalloy.run import Run, file_hash
 from datalloy.tiny.pools import PoolPlan, write_pool
@@ -240,15 +241,26 @@ def test_scores_are_equal_to_the_byte_on_ray(workers, ray_cluster, scored_here, 
 # --- processes of torchrun -------------------------------------------------------------------------------------------
 
 
-def torchrun(*arguments, **environment):
+def torchrun(*arguments):
     """The command line in two processes."""
+    return launched(["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--"], *arguments)
+
+
+def accelerate(config, *arguments):
+    options = ["--config_file", str(config), "--num_processes=2", f"--main_process_port={free_port()}"]
+    return launched(["accelerate.commands.launch", *options], *arguments)
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command = [sys.executable, "-m", *launcher, "--", str(HERE / "torchrun_command.py"), *map(str, arguments)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=280, check=False)
+        return free.getsockname()[1]
+
+
+def launched(launcher, *arguments):
+    command = [sys.executable, "-m", *launcher, str(HERE / "torchrun_command.py"), *map(str, arguments)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=560, check=False)
 
 
 def test_scores_are_equal_to_the_byte_in_two_processes(scored_here, recipe_path, tmp_path):
@@ -261,15 +273,21 @@ def test_scores_are_equal_to_the_byte_in_two_processes(scored_here, recipe_path,
         assert _hashes(folder, pattern) == _hashes(scored_here, pattern) != {}
 
 
-def test_two_processes_train_one_model_together(recipe_path, tmp_path):
-    """From the command line: the run is that of one process, its losses equal to rounding, and it is recorded once."""
-    sets = ["score.method=length", "score.warmup_fraction=0"]
-    done = torchrun("train", recipe_path, "--run", tmp_path / "two", *(word for key in sets for word in ("--set", key)))
-    assert done.returncode == 0, done.stderr
-    with Run(load_recipe(recipe_path, sets), tmp_path / "one") as run:
+TRAIN_ONLY = ["score.method=length", "score.warmup_fraction=0"]
+
+
+@pytest.fixture(scope="module")
+def trained_alone(recipe_path, tmp_path_factory):
+    """Facts of the final training by one process."""
+    with Run(load_recipe(recipe_path, TRAIN_ONLY), tmp_path_factory.mktemp("alone") / "run") as run:
         Workflow(run).train()
-        alone = run.finished("model")
-    with Run(load_recipe(recipe_path, sets), tmp_path / "two") as run:
+        return run.finished("model")
+
+
+def assert_trained_together(done, recipe_path, folder, alone):
+    """The run is that of one process, its losses equal to rounding, and it is recorded once."""
+    assert done.returncode == 0, done.stderr
+    with Run(load_recipe(recipe_path, TRAIN_ONLY), folder) as run:
         together = run.finished("model")
         assert Workflow(run).train() == run.path("model")
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
@@ -277,10 +295,34 @@ def test_two_processes_train_one_model_together(recipe_path, tmp_path):
         assert together[fact] == alone[fact], fact
 
 
+def test_two_processes_train_one_model_together(trained_alone, recipe_path, tmp_path):
+    sets = [word for key in TRAIN_ONLY for word in ("--set", key)]
+    done = torchrun("train", recipe_path, "--run", tmp_path / "run", *sets)
+    assert "sharded" not in done.stderr
+    assert_trained_together(done, recipe_path, tmp_path / "run", trained_alone)
+
+
+def test_two_processes_of_accelerate_train_one_model_in_shards(trained_alone, recipe_path, tmp_path):
+    """With the configuration that docs/scaling.md shows."""
+    page = (HERE.parent / "docs" / "scaling.md").read_text()
+    (tmp_path / "fsdp.yaml").write_text(page.split("```yaml\n# fsdp.yaml\n")[1].split("```")[0])
+    sets = [word for key in TRAIN_ONLY for word in ("--set", key)]
+    done = accelerate(tmp_path / "fsdp.yaml", "train", recipe_path, "--run", tmp_path / "run", *sets)
+    assert "are sharded over 2 processes (FSDP)" in done.stderr
+    assert_trained_together(done, recipe_path, tmp_path / "run", trained_alone)
+
+
 def test_an_error_in_two_processes_ends_both_with_its_exit_code_and_message(recipe_path, tmp_path):
     done = torchrun("score", recipe_path, "--run", tmp_path / "run", "--set", "targets.chart.limit=3")
     assert done.returncode != 0
     assert "targets.chart has 3 items" in done.stderr
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_there_may_be_fewer_units_than_processes(number, run):
+    units = [a_unit(0), a_unit(1)]
+    assert processes._do_own(SimpleNamespace(number=number, count=3), Writer(run), units, "write") is None
+    assert [run.finished(unit.name) is not None for unit in units] == [number == 0, number == 1]
 
 
 def test_ray_inside_torchrun_is_refused(run, monkeypatch):

@@ -11,8 +11,9 @@ checkpoints are not used: they hold pickles, can be read half-written, and resto
 families change between memory and disk.
 
 Several processes may train together: started by torchrun or `accelerate launch`, all call `train` alike, each takes its
-part of every batch, the Trainer averages gradients (DDP), the first writes. The same steps are taken as by one process,
-to rounding: sums are taken in another order.
+part of every batch, gradients are averaged, the first writes. Each holds the whole model (DDP), or, where the launcher
+asks for FSDP, its part of it (`sharding.py`). The same steps are taken as by one process, to rounding: sums are taken
+in another order.
 
 Price: one call costs a forward and a backward pass of every sample seen, and about a quarter of a second besides.
 """
@@ -29,7 +30,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ from datalloy.config import Train
 from datalloy.durable import complete_path, require_space
 from datalloy.errors import DataError, EnvironmentFault, ModelError, RecipeError, RunError
 from datalloy.progress import track
+from datalloy.sharding import (
+    Shards,
+    check_launcher,
+    cut_like,
+    is_asked_for,
+    unseen_by_trainer,
+    whole_tensor,
+    zero_for_all,
+)
 from datalloy.vlm import VLM, Encoded
 
 log = logging.getLogger(__name__)
@@ -84,24 +94,43 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Crew:
-    """The processes that train together, as the launcher's environment variables say: which this is, and how many."""
+    """The processes that train together, as the launcher's environment variables say: which this is, and how many.
+
+    `shards`: each holds a part of the weights only.
+    """
 
     number: int
     count: int
+    shards: bool
 
     @classmethod
     def launched(cls) -> "Crew":
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(int(os.environ.get("RANK", "0")), count, count > 1 and is_asked_for())
 
     @property
     def is_first(self) -> bool:
         return self.number == 0
 
-    def sum(self, value: Tensor | int) -> int:
-        """Over all processes, which all have to ask."""
+    def sum(self, value: Tensor) -> int:
+        """Over all processes, which all have to ask. `value` is lost."""
         if self.count > 1:
             torch.distributed.all_reduce(value)
         return int(value)
+
+    def differ(self, value: int, device: torch.device) -> bool:
+        """Whether some processes, which all have to ask, have another value than others."""
+        extremes = torch.tensor([value, -value], device=device)  # the highest, and the lowest with its sign turned
+        if self.count > 1:
+            torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+        return bool(extremes.sum())
+
+    def agree(self, verdict: bool) -> bool:
+        """What the first says, whatever the others do."""
+        said = [verdict]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(said)
+        return said[0]
 
     def wait(self) -> None:
         """Until all processes have come as far."""
@@ -132,30 +161,43 @@ def train(
     seeded along the way.
 
     Raises DataError without samples, ModelError for weights that cannot be trained or a loss that is not finite (the
-    weights are of no use then), RunError where the checkpoint belongs to another training.
+    weights are of no use then), RunError where the checkpoint belongs to another training, EnvironmentFault where the
+    launcher asks for what is not done here. After any error of a sharded training the model has no weights.
     """
     if not encoded:
         raise DataError(f"nothing to train {vlm.name} on: no samples were given")
+    check_launcher()
     crew = Crew.launched()
     steps = step_count(len(encoded), settings) if steps is None else steps
     order = sample_order(len(encoded), steps * settings.batch_size, settings.seed)
     parameters = prepare_parameters(vlm, settings)
     flops_per_token = training_flops(vlm, 1)
+    if out:
+        require_space(out, _bytes_on_disk(vlm, parameters), f"training {vlm.name}")
+    learner, save, shards = vlm, vlm.save, None
+    if crew.shards:
+        shards = Shards(vlm)
+        learner, save, parameters = shards.part, shards.save, shards.trained
+        if crew.is_first:
+            log.info("the weights of %s are sharded over %d processes (FSDP)", vlm.name, crew.count)
     optimizer = _make_optimizer(parameters, settings)
     attempt, checkpoint = Attempt(), None
     if out:
-        require_space(out, _bytes_on_disk(vlm, parameters), f"training {vlm.name}")
         identity = _identity(vlm, [encoded[i] for i in order[:IDENTITY_SAMPLES]], len(encoded), settings, steps)
-        checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", identity, parameters, optimizer)
-        if checkpoint.path.exists():
+        checkpoint = _Checkpoint(out / "checkpoints" / "state.safetensors", identity, parameters, optimizer, crew)
+        if crew.agree(checkpoint.path.exists()):
             attempt = checkpoint.restore() or attempt
             log.info("training goes on from step %d of %d: %s", attempt.steps, steps, checkpoint.path)
     try:
         if attempt.steps < steps:
             batches_left = order.reshape(steps, settings.batch_size)[attempt.steps :]
-            savers = {step: functools.partial(vlm.save, folder) for step, folder in (milestones or {}).items()}
-            keeps = (checkpoint, savers) if crew.is_first else (None, {})
-            _run_trainer(vlm, encoded, batches_left, optimizer, settings, crew, attempt, *keeps, out)
+            takes_part = crew.is_first or crew.shards
+            savers = {step: functools.partial(save, folder) for step, folder in (milestones or {}).items()}
+            keeps = (checkpoint, savers if takes_part else {})
+            _run_trainer(learner, encoded, batches_left, optimizer, settings, crew, attempt, *keeps, out)
+        if shards:
+            optimizer.state.clear()  # room for the whole weights
+            shards.restore()
     finally:
         _leave_training(vlm, settings)
     if out and crew.is_first:
@@ -282,20 +324,26 @@ class _StepLoss(torch.nn.Module):
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss is scaled for gradient accumulation already
 
-    def __init__(self, vlm: VLM, settings: Train, processes: int) -> None:
+    def __init__(self, vlm: VLM, settings: Train, crew: Crew) -> None:
         super().__init__()
+        # of the Trainer, for models whose parameters are cut before it sees them: it leaves them as they are
+        self.is_distributed_loading_by_transformers = crew.shards
+        self.crew = crew
         # since last asked; left on the device, where reading it would hold up the next step
         self.tokens = torch.zeros((), dtype=torch.int64, device=vlm.device)
         self.model = vlm.model
         self.losses = vlm.losses
-        self.batch_size = settings.batch_size / processes  # of each, for gradients are averaged over processes
+        self.batch_size = settings.batch_size / crew.count  # of each, for gradients are averaged over processes
         self.autocast = settings.precision == "bfloat16"
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         batch.pop("num_items_in_batch", None)  # the Trainer counts tokens; here every sample counts once
         self.tokens = self.tokens + batch["attention_mask"].sum()
         with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=self.autocast):
-            return {"loss": self.losses(batch).sum() / self.batch_size}
+            loss = self.losses(batch).sum() / self.batch_size
+        if self.crew.shards and self.crew.differ(len(batch), loss.device):  # some have pictures, others none
+            loss = loss + zero_for_all(self.model)
+        return {"loss": loss}
 
 
 class _Follower(transformers.TrainerCallback):
@@ -344,7 +392,7 @@ class _Follower(transformers.TrainerCallback):
         next(self.ticks, None)
         if self.attempt.steps in self.milestones:
             self.milestones[self.attempt.steps]()
-        if self.checkpoint and now - self.saved >= CHECKPOINT_SECONDS:
+        if self.checkpoint and self.crew.agree(now - self.saved >= CHECKPOINT_SECONDS):
             self.checkpoint.save(self.attempt)
             self.saved = time.monotonic()
 
@@ -369,8 +417,8 @@ def _run_trainer(
     )
     if settings.gradient_checkpointing:
         vlm.base_model.activation_checkpointing_enable({"use_reentrant": False})
-    module = _StepLoss(vlm, settings, crew.count)
-    with tempfile.TemporaryDirectory() as nowhere:
+    module = _StepLoss(vlm, settings, crew)
+    with tempfile.TemporaryDirectory() as nowhere, unseen_by_trainer():
         trainer = transformers.Trainer(
             model=module,
             args=_training_arguments(vlm, settings, len(parts) // crew.count, crew, out or Path(nowhere)),
@@ -402,21 +450,9 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int)
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def refuse_sharding() -> None:
-    """Raises EnvironmentFault where the launcher asks for FSDP or DeepSpeed: it would train some other way."""
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() == "true":
-            raise EnvironmentFault(
-                f"{name} is set: weights are not sharded over processes here, each holds them all (DDP). Start with "
-                "`accelerate launch --multi_gpu` or torchrun. For a model that does not fit a GPU set train.adapter to "
-                "lora or train.gradient_checkpointing to true, or export and train with a trainer that shards"
-            )
-
-
 def _training_arguments(
     vlm: VLM, settings: Train, accumulation: int, crew: Crew, out: Path
 ) -> transformers.TrainingArguments:
-    refuse_sharding()
     if missing := set(settings.report_to) - set(get_available_reporting_integrations()):
         raise RecipeError(
             f"train.report_to names {', '.join(sorted(missing))}, which is not installed; "
@@ -452,25 +488,39 @@ def _training_arguments(
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """Everything that a later attempt needs, in one safetensors file."""
+    """Everything that a later attempt needs, in one safetensors file. All processes have to call every method.
+
+    Tensors are whole in it, however the parameters are cut: another number of processes may go on from it.
+    """
 
     path: Path
     identity: str  # of the training that is asked for now
     parameters: Sequence[Parameter]
     optimizer: torch.optim.Optimizer
+    crew: Crew
 
     def save(self, attempt: Attempt) -> None:
-        tensors = {f"parameter.{i}": parameter.detach().contiguous() for i, parameter in enumerate(self.parameters)}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": tensor.contiguous() for name, tensor in state.items()}
+        tensors = {}
+        for name, tensor in self._tensors():
+            gathered = whole_tensor(tensor)
+            if self.crew.is_first:
+                tensors[name] = gathered.cpu().contiguous()
+        if not self.crew.is_first:
+            return
         metadata = {"identity": self.identity, "attempt": json.dumps(dataclasses.asdict(attempt))}
+        metadata["sha256"] = _content_hash(tensors, tensors.__getitem__, metadata)
         with complete_path(self.path) as temporary:
             try:
-                safetensors.torch.save_file(
-                    tensors, temporary, {**metadata, "sha256": _content_hash(tensors, metadata)}
-                )
+                safetensors.torch.save_file(tensors, temporary, metadata)
             except safetensors.SafetensorError as error:
                 raise OSError(str(error)) from error  # a full disk, in the library's words
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for i, parameter in enumerate(self.parameters):
+            yield f"parameter.{i}", parameter.detach()
+        for i, state in self.optimizer.state_dict()["state"].items():
+            for name, tensor in state.items():
+                yield f"optimizer.{i}.{name}", tensor
 
     def restore(self) -> Attempt | None:
         """Put weights and optimiser state back where the last attempt left them.
@@ -481,29 +531,37 @@ class _Checkpoint:
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            found, written = _content_hash(tensors, metadata), metadata["sha256"]
+                found, written = _content_hash(file.keys(), file.get_tensor, metadata), metadata["sha256"]
         except (safetensors.SafetensorError, KeyError, TypeError) as error:
             found, written = str(error), ""
-        if found != written:
-            aside = self.path.with_suffix(".damaged")
-            log.warning("%s is damaged and set aside as %s; training begins again", self.path, aside.name)
-            self.path.replace(aside)
+        if self.crew.sum(torch.tensor(int(found != written), device=self.parameters[0].device)):
+            if self.crew.is_first:
+                aside = self.path.with_suffix(".damaged")
+                log.warning("%s is damaged and set aside as %s; training begins again", self.path, aside.name)
+                self.path.replace(aside)
             return None
         if metadata["identity"] != self.identity:
             raise RunError(
                 f"{self.path} belongs to a training with other settings, samples or model; "
                 "delete it to train from the start, or give another folder"
             )
-        with torch.no_grad():
-            for i, parameter in enumerate(self.parameters):
-                parameter.copy_(tensors.pop(f"parameter.{i}"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        with safetensors.safe_open(self.path, framework="pt") as file:
+            self._put_back(file)
         return Attempt(**json.loads(metadata["attempt"]))
+
+    @torch.no_grad()
+    def _put_back(self, file: Any) -> None:
+        in_order = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            kind, i, *name = key.split(".")
+            tensor = file.get_tensor(key)
+            if kind == "parameter":
+                self.parameters[int(i)].copy_(cut_like(tensor, self.parameters[int(i)]))
+            else:
+                moment = tensor if tensor.ndim == 0 else cut_like(tensor, in_order[int(i)])  # a step count is not cut
+                state.setdefault(int(i), {})[name[0]] = moment
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
 def _bytes_on_disk(vlm: VLM, trained: Sequence[Parameter]) -> int:
@@ -512,12 +570,13 @@ def _bytes_on_disk(vlm: VLM, trained: Sequence[Parameter]) -> int:
     return sum(4 * p.numel() for p in saved) + 3 * sum(4 * p.numel() for p in trained)
 
 
-def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def _content_hash(names: Iterable[str], get: Callable[[str], Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256, in hex, of everything in a checkpoint: a flipped bit in a weight is not seen by safetensors."""
     total = hashlib.sha256(f"{metadata['identity']} {metadata['attempt']}".encode())
-    for name in sorted(tensors):
-        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        total.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for name in sorted(names):
+        tensor = get(name)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

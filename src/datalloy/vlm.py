@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import threading
 import warnings
@@ -237,7 +238,7 @@ class VLM:
         Code that comes with a checkpoint is never run and weights are read from safetensors only. Raises ModelError.
         """
         folder = _settings_folder(path)
-        with _reading(path):
+        with _reading(path), _in_every_process():
             if (folder / "adapter_config.json").exists():
                 return _load_adapter(path, folder, device=device, dtype=dtype)
             return _load_model(path, folder, device=device, dtype=dtype)
@@ -954,6 +955,18 @@ def _reading(path: Path | str) -> Iterator[None]:
             yield
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(f"cannot load {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _in_every_process() -> Iterator[None]:
+    """Under `accelerate launch --use_fsdp` transformers would read weights in the first process alone, by default."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    asked = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[name] = asked
 
 
 @contextlib.contextmanager

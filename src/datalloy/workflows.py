@@ -44,9 +44,10 @@ from datalloy.sample import Sample, has_further_frames
 from datalloy.scores import Scores, read_table, write_table
 from datalloy.search import Found
 from datalloy.selection import Selection, select
+from datalloy.sharding import check_launcher
 from datalloy.target_items import TargetItems, item_weights
 from datalloy.tiny.model import WEIGHTS
-from datalloy.training import refuse_sharding, train, training_flops
+from datalloy.training import train, training_flops
 from datalloy.vlm import VLM, EncodeError
 
 log = logging.getLogger(__name__)
@@ -975,7 +976,7 @@ def open_workflow(run: Run) -> Iterator[Workflow]:
     if processes.count() > 1 and run.recipe.engine != "local":
         raise RecipeError(f"engine is {run.recipe.engine} and torchrun started {processes.count()} processes; use one")
     if processes.count() > 1:
-        refuse_sharding()
+        check_launcher()
         workflow.engine = processes.ProcessEngine(workflow)
     elif run.recipe.engine == "ray":
         workflow.engine = on_ray.RayEngine(run.recipe, run.folder, open_worker)

@@ -2,7 +2,7 @@
 
 Process 0 runs the workflow; all others serve it: they wait to be told which units there are, do every n-th of them, and
 say what they raised. Scores and evaluations are dealt in this way. A training is one unit that all do together: each
-process enters it, and the Trainer shares the batch among them (DDP, `training.py`).
+process enters it, and the Trainer shares the batch among them (DDP or FSDP, `training.py`).
 
 Libraries take the launcher's environment variables for a command to train in step with the other processes, which a
 short training in one of them must not do. So the variables are put away at the start and shown only during what all
@@ -14,6 +14,7 @@ same command goes on from there.
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 from datalloy.engines import Failure, Unit, Worker
 from datalloy.progress import track
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
 PATIENCE = datetime.timedelta(days=30)  # of a process that waits for process 0: a bake-off may take long
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _do_own(group: "_Group", worker: Worker, units: Sequence[Unit], label: str) 
     """Every n-th unit; what the first that failed raised."""
     own = list(units)[group.number :: group.count]
     try:
-        for unit, coming in track(zip(own, [*own[1:], None], strict=True), label, len(own)):
+        for unit, coming in track(itertools.zip_longest(own, own[1:]), label, len(own)):
             worker.perform(unit, coming)
     except Exception as error:  # noqa: BLE001 - process 0 raises it, whatever it is
         return Failure.of(error, f"in process {group.number}")
