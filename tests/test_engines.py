@@ -238,6 +238,23 @@ def test_scores_are_equal_to_the_byte_on_ray(workers, ray_cluster, scored_here, 
         assert _hashes(tmp_path / "run", pattern) == _hashes(scored_here, pattern) != {}
 
 
+NOT_RESULTS = {"units", "provenance.json", "config.yaml", "events.jsonl", "run.lock"}  # hold times and the engine
+
+
+def test_a_mixture_searched_and_verified_on_ray_is_equal_to_the_byte(ray_cluster, recipe_path, tmp_path):
+    """Experts, merged models and the real run by two workers; every result that `verify` leaves."""
+    results = []
+    for engine in ("local", "ray"):
+        recipe = load_recipe(recipe_path.parent / "mixed.yaml", [f"engine={engine}", "ray.num_workers=2"])
+        with Run(recipe, tmp_path / engine) as run, open_workflow(run) as workflow:
+            workflow.verify()
+        hashes = _hashes(tmp_path / engine, "**/*")
+        results.append({path: found for path, found in hashes.items() if Path(path).parts[0] not in NOT_RESULTS})
+    here, on_ray = results
+    assert {"mixture/mixture.json", "mixture/candidates.parquet", "experts/chart/model.safetensors"} <= set(here)
+    assert [path for path in here.keys() | on_ray.keys() if here.get(path) != on_ray.get(path)] == []
+
+
 # --- processes of torchrun -------------------------------------------------------------------------------------------
 
 
