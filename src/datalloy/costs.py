@@ -6,7 +6,7 @@ timed training step of the proxy on this machine. An estimate: expect it to be r
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,8 @@ def estimate(recipe: Recipe) -> Iterator[str]:
     yield f"{'in all':<24}{'':>12}{format_duration(total):>14}"
 
 
-def _read(sources: Mapping[str, DataSource]) -> list[Sample]:
-    return [sample for name, source in sources.items() for sample in readers.read_all(source, name)[0]]
+def _read(sources: Mapping[str, DataSource]) -> readers.Samples:
+    return readers.Samples.joined(readers.read_stored(source, name)[0] for name, source in sources.items())
 
 
 def _stages(
@@ -121,7 +121,7 @@ def _mixture_stages(
     yield StageCost("verify", runs * (share * training + evaluation), runs * disk, f"{runs} real runs")
 
 
-def _measure(vlm: VLM, pool: list[Sample], recipe: Recipe) -> tuple[float, float]:
+def _measure(vlm: VLM, pool: Sequence[Sample], recipe: Recipe) -> tuple[float, float]:
     """Mean tokens of a sample, and operations a second of a training step of the proxy."""
     encoded = []
     for sample in pool[:: max(1, len(pool) // SAMPLED)]:

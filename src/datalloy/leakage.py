@@ -18,8 +18,9 @@ import hashlib
 import json
 import logging
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
@@ -140,10 +141,49 @@ def find_duplicates(pool: Sequence[Sample], *, image_distance: int = IMAGE_DISTA
 
 def _repeated(pool: Sequence[Sample]) -> list[Sample]:
     """Samples whose text has the first 64 bits of another's hash; eight bytes a sample, not a dictionary of all."""
-    keys = (int(text_key(sample)[:16], 16) for sample in pool)
-    key_N = np.fromiter(keys, dtype=np.uint64, count=len(pool))
-    _, group_N, count_N = np.unique(key_N, return_inverse=True, return_counts=True)
-    return [pool[i] for i in np.flatnonzero(count_N[group_N] > 1).tolist()]
+    key_N = np.fromiter((_short_key(sample) for sample in pool), dtype=np.uint64, count=len(pool))
+    return [pool[i] for i in np.flatnonzero(is_repeated(key_N)).tolist()]
+
+
+def is_repeated(key_N: np.ndarray) -> np.ndarray:
+    """Which keys stand there twice or more, [N] bool."""
+    sorted_N = np.sort(key_N)
+    return np.isin(key_N, np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]]))
+
+
+class Sieve:
+    """Samples of a pool one by one in, the few that have to be looked at for leaks and copies out.
+
+    For pools that are gone through once: nine bytes a sample are kept. What passes neither mask can be left out of what
+    `find_leaks` and `count_duplicates` are given; they find the same.
+    """
+
+    def __init__(self, guarded: Mapping[str, Sequence[Sample]]) -> None:
+        items = [item for group in guarded.values() for item in group]
+        self._contents = {item.content_hash for item in items}
+        self._questions = {_questions(item) for item in items}
+        self._lengths = {len(question) for question in self._questions}
+        self._keys, self._suspects = array("Q"), array("B")
+
+    def add(self, sample: Sample) -> None:
+        is_suspect = sample.content_hash in self._contents
+        is_suspect = is_suspect or not self._questions.isdisjoint(_runs(_questions(sample), self._lengths))
+        self._suspects.append(is_suspect)
+        self._keys.append(_short_key(sample))
+
+    @property
+    def key_N(self) -> np.ndarray:
+        """For `is_repeated`: samples that say the same have the same key, of 64 bits, as do very few others."""
+        return np.array(self._keys, dtype=np.uint64)
+
+    @property
+    def is_suspect_N(self) -> np.ndarray:
+        """Samples that have the content of a guarded item, or ask its question."""
+        return np.array(self._suspects, dtype=bool)
+
+
+def _short_key(sample: Sample) -> int:
+    return int(text_key(sample)[:16], 16)
 
 
 def count_duplicates(pool: Sequence[Sample], *, image_distance: int = IMAGE_DISTANCE) -> dict[str, int]:
@@ -293,6 +333,11 @@ def _questions(sample: Sample) -> tuple[str, ...]:
     return tuple(_normalise(turn.text) for turn in sample.turns if turn.role == "user")
 
 
+def _runs(asked: tuple[str, ...], lengths: Iterable[int]) -> set[tuple[str, ...]]:
+    """All runs of some lengths in what a sample asks."""
+    return {asked[i : i + length] for length in lengths for i in range(len(asked) - length + 1)}
+
+
 def _is_near(item: Sample, sample: Sample) -> bool:
     return len(item.images) == len(sample.images) and text_key(item) == text_key(sample)
 
@@ -324,8 +369,6 @@ def _samples_by_question(
             groups.setdefault(_questions(item), ([], []))[0].append((set_name, item))
     lengths = {len(question) for question in groups}
     for sample in pool:
-        asked = _questions(sample)
-        runs = {asked[i : i + length] for length in lengths for i in range(len(asked) - length + 1)}
-        for question in runs & groups.keys():
+        for question in _runs(_questions(sample), lengths) & groups.keys():
             groups[question][1].append(sample)
     return {question: group for question, group in groups.items() if group[1]}

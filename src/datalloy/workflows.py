@@ -18,8 +18,9 @@ import hashlib
 import json
 import logging
 import time
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from datalloy import accounts, bakeoff, config, embeddings, leakage, readers, scorers
 from datalloy.attempts import Attempt
@@ -38,7 +40,7 @@ from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain, export_r
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
 from datalloy.progress import track
-from datalloy.readers import Reject
+from datalloy.readers import Reject, Samples
 from datalloy.run import SCHEMA_VERSION, Run, write_atomically, write_json
 from datalloy.sample import Sample, has_further_frames
 from datalloy.scores import Scores, read_table, write_table
@@ -48,7 +50,7 @@ from datalloy.sharding import check_launcher
 from datalloy.target_items import TargetItems, item_weights
 from datalloy.tiny.model import WEIGHTS
 from datalloy.training import train, training_flops
-from datalloy.vlm import VLM, EncodeError
+from datalloy.vlm import VLM, EncodeError, TokenCounts
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +91,13 @@ class Workflow:
         return self._checked[0]
 
     @cached_property
-    def _checked(self) -> tuple[dict[str, Any], list[Sample], dict[str, list[Sample]], dict[str, list[Sample]]]:
+    def _checked(self) -> tuple[dict[str, Any], Samples, dict[str, Samples], dict[str, Samples]]:
         sets, rejects = self._read_all()
         read = {key: len(sets[key]) + len(rejects[key]) for key in sets}
         done = self.run.finished("check")
         if done is None:
-            further_frames, lengths = self._refuse_unusable(sets, rejects)
-            usable = {key: list(group) for key, group in sets.items()}
-            self._refuse_leaks(sets, rejects)
+            looked_at = self._refuse_unusable(sets, rejects)
+            self._refuse_leaks(sets, rejects, looked_at)
             rejected_at = {key: [[str(reject.path), reject.row] for reject in bad] for key, bad in rejects.items()}
             lines = [
                 json.dumps({"set": key, **asdict(reject), "path": str(reject.path)}) + "\n"
@@ -105,19 +106,19 @@ class Workflow:
             ]
             write_atomically(self.run.path("rejected.jsonl"), "".join(lines).encode())
         else:
-            rejected_at, further_frames = done["rejected_at"], {}
-        sets = _without(sets, rejected_at)
-        digest = _digest([s for group in sets.values() for s in group])
+            sets = _without(sets, done["rejected_at"])
+        digest = _digest(sets.values())
         if done is None:
-            counts = self._count(sets, rejects, read) | {"first_frame_only": further_frames}
+            further_frames = {key: looked.further_frames for key, looked in looked_at.items()}
+            counts = self._count(sets, rejects, read, looked_at) | {"first_frame_only": further_frames}
             write_json(self.run.path("check.json"), counts)
             self._refuse_over_budget(counts)
-            self._write_lengths(sets, usable, lengths)
+            self._write_lengths(sets, looked_at)
             files = [self.run.path(name) for name in ("check.json", "rejected.jsonl", LENGTHS)]
             done = self.run.commit("check", files, {"counts": counts, "digest": digest, "rejected_at": rejected_at})
         kept = self._by_section(sets)
         self._refuse_changed(done["digest"], digest)
-        pool = sorted((s for group in kept["domains"].values() for s in group), key=lambda s: (s.domain, s.id))
+        pool = Samples.joined(kept["domains"][name].by_id() for name in sorted(kept["domains"]))
         return done["counts"], pool, kept["targets"], kept["evaluation"]
 
     def _refuse_changed(self, before: str, now: str) -> None:
@@ -132,28 +133,28 @@ class Workflow:
         self.run.verify_inputs()
         done = self.run.finished("check") or {}
         kept = _without(self._read_all()[0], done["rejected_at"])
-        self._refuse_changed(done["digest"], _digest([s for group in kept.values() for s in group]))
+        self._refuse_changed(done["digest"], _digest(kept.values()))
 
     @property
-    def pool(self) -> list[Sample]:
-        """All usable samples, sorted by domain and id: the order of every table."""
+    def pool(self) -> Samples:
+        """All usable samples, sorted by domain and id: the order of every table. Their turns stay on disk."""
         return self._checked[1]
 
     @property
-    def targets(self) -> dict[str, list[Sample]]:
+    def targets(self) -> dict[str, Samples]:
         return self._checked[2]
 
     @property
-    def evaluation(self) -> dict[str, list[Sample]]:
+    def evaluation(self) -> dict[str, Samples]:
         return self._checked[3]
 
-    def _read_all(self) -> tuple[dict[str, list[Sample]], dict[str, list[Reject]]]:
+    def _read_all(self) -> tuple[dict[str, Samples], dict[str, list[Reject]]]:
         """Samples and rejects by set: `SECTION.NAME`, because a target may have the name of a domain."""
         samples, rejects = {}, {}
         for section in accounts.SECTIONS:
             for name, source in getattr(self.recipe, section).items():
                 key = f"{section}.{name}"
-                samples[key], rejects[key] = readers.read_all(source, name)
+                samples[key], rejects[key] = readers.read_stored(source, name)
         return samples, rejects
 
     def _by_section(self, sets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -163,69 +164,70 @@ class Workflow:
             for section in accounts.SECTIONS
         }
 
-    def _refuse_unusable(
-        self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]
-    ) -> tuple[dict[str, int], dict[str, list[tuple[int, int]]]]:
+    def _refuse_unusable(self, sets: dict[str, Samples], rejects: dict[str, list[Reject]]) -> dict[str, "_LookedAt"]:
         """Move what the model cannot be given from `sets` to `rejects`: too long, a picture that is none, ...
 
-        Returns how many samples of each set show pictures with further frames or pages, which nobody will see, and of
-        each sample that is left its supervised tokens and all its tokens.
+        Returns what was seen of the samples that are left.
         """
-        further_frames = dict.fromkeys(sets, 0)
-        lengths: dict[str, list[tuple[int, int]]] = {key: [] for key in sets}
-        every = [(key, sample) for key, group in sets.items() for sample in group]
-        for key in sets:
-            sets[key] = []
-        counted = self._proxy_base.count_tokens((s for _, s in every), max_tokens=self.recipe.train.max_tokens)
-        for (key, sample), counts in track(zip(every, counted, strict=True), "check", len(every)):
+        guarded = {key: group for key, group in sets.items() if not key.startswith("domains.")}
+        looked_at = {key: _LookedAt(leakage.Sieve({} if key in guarded else guarded)) for key in sets}
+        total = sum(len(group) for group in sets.values())
+        for key, position, sample, counts in track(self._token_counts(sets), "check", total):
             if isinstance(counts, EncodeError):
                 rejects[key].append(_reject(sample, counts.reason, str(counts)))
             else:
-                sets[key].append(sample)
-                lengths[key].append(counts)
-                further_frames[key] += any(map(has_further_frames, sample.images))
-        for key, count in further_frames.items():
-            if count:
-                log.warning("%s: of %d samples' animations and documents only the first frame is seen", key, count)
-        return further_frames, lengths
+                looked_at[key].add(position, sample, counts)
+        for key, looked in looked_at.items():
+            sets[key] = sets[key].take(np.array(looked.positions, dtype=np.int64))
+            if looked.further_frames:
+                log.warning(
+                    "%s: of %d samples' animations and documents only the first frame is seen",
+                    key,
+                    looked.further_frames,
+                )
+        return looked_at
 
-    def _write_lengths(
-        self,
-        sets: Mapping[str, list[Sample]],
-        usable: Mapping[str, list[Sample]],
-        lengths: Mapping[str, list[tuple[int, int]]],
+    def _token_counts(
+        self, sets: Mapping[str, Samples]
+    ) -> Iterator[tuple[str, int, Sample, TokenCounts | EncodeError]]:
+        limit = self.recipe.train.max_tokens
+        for key, group in sets.items():
+            counted = self._proxy_base.count_tokens(group, max_tokens=limit)
+            for position, (sample, counts) in enumerate(zip(group, counted, strict=True)):
+                yield key, position, sample, counts
+
+    def _write_lengths(self, sets: Mapping[str, Samples], looked_at: Mapping[str, "_LookedAt"]) -> None:
+        """Keep the lengths of the pool, so that no sample is encoded a second time only to be counted."""
+        keys = [f"domains.{name}" for name in self.recipe.domains]
+        pool = Samples.joined(sets[key] for key in keys)
+        tokens_N2 = np.concatenate([looked_at[key].tokens_N2 for key in keys])
+        columns = {
+            "id": pool.ids().cast(pa.string()),
+            "domain": pool.domains().cast(pa.string()),
+            "supervised_tokens": tokens_N2[:, 0],
+            "length_tokens": tokens_N2[:, 1],
+        }
+        write_table(self.run.path(LENGTHS), pa.table(columns), kind="lengths", version=1, metadata={})
+
+    def _refuse_leaks(
+        self, sets: dict[str, Samples], rejects: dict[str, list[Reject]], looked_at: Mapping[str, "_LookedAt"]
     ) -> None:
-        """Keep the lengths of the pool, so that no sample is encoded a second time only to be counted.
-
-        `sets` is `usable` without leaked samples, in the same order; `lengths` belong to `usable`.
-        """
-        rows = []
-        for name in self.recipe.domains:
-            key = f"domains.{name}"
-            left = iter(sets[key])
-            awaited = next(left, None)
-            for sample, tokens in zip(usable[key], lengths[key], strict=True):
-                if sample is awaited:
-                    rows.append((sample.id, name, *tokens))
-                    awaited = next(left, None)
-        columns = ("id", "domain", "supervised_tokens", "length_tokens")
-        table = pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
-        write_table(self.run.path(LENGTHS), table, kind="lengths", version=1, metadata={})
-
-    def _refuse_leaks(self, sets: dict[str, list[Sample]], rejects: dict[str, list[Reject]]) -> None:
         """Move leaked samples of the pool from `sets` to `rejects`. Raises LeakageError where the recipe says so."""
+        kept = self._by_section(sets)
         leaked: dict[str, set[str]] = {}
-        for sample, reject in self._leaks(**self._by_section(sets)):
+        suspects = [s for key, looked in looked_at.items() for s in sets[key].take(looked.sieve.is_suspect_N)]
+        for sample, reject in self._leaks(suspects, kept["targets"], kept["evaluation"]):
             key = f"domains.{sample.domain}"
             leaked.setdefault(key, set()).add(sample.id)
             rejects[key].append(reject)
         for key, ids in leaked.items():
-            sets[key] = [sample for sample in sets[key] if sample.id not in ids]
+            is_kept_N = np.fromiter((sample.id not in ids for sample in sets[key]), bool, len(sets[key]))
+            sets[key] = sets[key].take(is_kept_N)
+            looked_at[key].keep(is_kept_N)
 
     def _leaks(
-        self, domains: dict[str, list[Sample]], targets: dict[str, list[Sample]], evaluation: dict[str, list[Sample]]
+        self, samples: Sequence[Sample], targets: Mapping[str, Samples], evaluation: Mapping[str, Samples]
     ) -> list[tuple[Sample, Reject]]:
-        samples = [s for group in domains.values() for s in group]
         guarded = {
             **{f"targets.{k}": v for k, v in targets.items()},
             **{f"evaluation.{k}": v for k, v in evaluation.items()},
@@ -254,7 +256,11 @@ class Workflow:
         ]
 
     def _count(
-        self, sets: Mapping[str, list[Sample]], rejects: Mapping[str, list[Reject]], read: Mapping[str, int]
+        self,
+        sets: Mapping[str, Samples],
+        rejects: Mapping[str, list[Reject]],
+        read: Mapping[str, int],
+        looked_at: Mapping[str, "_LookedAt"],
     ) -> dict[str, Any]:
         kept = self._by_section(sets)
         books = {
@@ -268,10 +274,15 @@ class Workflow:
             "rejected_by_reason": dict(sorted(reasons.items())),
             "sets": self._by_section(books),
             "duplicates": leakage.count_duplicates(
-                [s for group in kept["domains"].values() for s in group],
-                image_distance=self.recipe.leakage.image_distance,
+                self._repeated(kept["domains"], looked_at), image_distance=self.recipe.leakage.image_distance
             ),
         }
+
+    def _repeated(self, domains: Mapping[str, Samples], looked_at: Mapping[str, "_LookedAt"]) -> list[Sample]:
+        """Samples of the pool that may say what another says."""
+        keys = [looked_at[f"domains.{name}"].key_N for name in domains]
+        pool = Samples.joined(domains.values())
+        return list(pool.take(leakage.is_repeated(np.concatenate(keys))))
 
     def _refuse_over_budget(self, counts: dict[str, Any]) -> None:
         allowed = self.recipe.max_rejected_fraction
@@ -355,7 +366,7 @@ class Workflow:
 
     def _random_order(self, purpose: str) -> list[int]:
         """Indices of the pool in an order drawn from the seed and each sample's content."""
-        keys = [f"{purpose} {s.content_hash}" for s in self.pool]
+        keys = (f"{purpose} {content}" for content in self.pool.content_hashes())
         draw_N = scorers.BASELINES["random"](scorers.Seen(np.empty(0), np.empty(0), keys, self.recipe.score.seed))
         return [int(i) for i in np.argsort(draw_N, kind="stable")]
 
@@ -657,8 +668,8 @@ class Workflow:
         if scorer not in scorers.BASELINES:
             return self._tables[scorer]
         table = self.score()
-        self._check_order(table.domain, table.id)
-        contents = [sample.content_hash for sample in self.pool]
+        self._check_order(table.table)
+        contents = self.pool.content_hashes()
         seen = scorers.Seen(table.loss, table.supervised_tokens, contents, self.recipe.select.seed)
         utility_N = scorers.BASELINES[scorer](seen)
         # what a rater could not rate has a loss all the same; where no model was asked there are no losses at all
@@ -719,13 +730,13 @@ class Workflow:
         return np.array(self.run.once(unit, measure)["values"])
 
     def _kept_indices(self, selection: Selection) -> list[int]:
-        self._check_order(selection.domain, selection.id)
+        self._check_order(selection.table)
         return np.flatnonzero(selection.kept).tolist()
 
-    def _check_order(self, domain_N: np.ndarray, id_N: np.ndarray) -> None:
+    def _check_order(self, table: pa.Table) -> None:
         """Rows of a table are the samples of the pool, one by one: no index of a million keys is needed."""
-        pairs = zip(self.pool, domain_N, id_N, strict=True)
-        if not all(sample.domain == domain and sample.id == name for sample, domain, name in pairs):
+        pool = {"id": self.pool.ids(), "domain": self.pool.domains()}
+        if any(not table[name].cast(pa.large_string()).equals(pa.chunked_array([pool[name]])) for name in pool):
             raise RunError(f"a table of {self.run.folder} does not hold the pool's samples in their order; start anew")
 
     @property
@@ -789,7 +800,9 @@ class Workflow:
         settings = self.recipe.mixture
         if settings is not None and (settings.buckets is not None or settings.data == "whole"):
             return self.pool
-        return [self.pool[i] for i in self._kept_indices(self.select())]
+        selection = self.select()
+        self._check_order(selection.table)
+        return self.pool.take(selection.kept)
 
     # --- train: kept samples in, checkpoint out ----------------------------------------------------------------
 
@@ -808,7 +821,7 @@ class Workflow:
             return done
         log.info("training %s on %d samples", unit, len(indices))
         vlm = self._base.copy()
-        encoded = EncodedSamples(vlm, [self.pool[i] for i in indices], max_tokens=self.recipe.train.max_tokens)
+        encoded = EncodedSamples(vlm, self.pool.take(np.asarray(indices)), max_tokens=self.recipe.train.max_tokens)
         trained = train(vlm, encoded, self.recipe.train, folder)
         facts = asdict(trained)
         return self.run.commit(unit, [folder], {**facts, "kept": len(indices)})
@@ -948,12 +961,45 @@ class Workflow:
         return status
 
 
-def _without(sets: Mapping[str, list[Sample]], rejected_at: Mapping[str, list[list[Any]]]) -> dict[str, list[Sample]]:
+class _LookedAt:
+    """What `check` sees of the samples of one set while it goes through them: seventeen bytes of each."""
+
+    def __init__(self, sieve: leakage.Sieve) -> None:
+        self.sieve = sieve
+        self.positions = array("I")
+        self.further_frames = 0  # samples that show pictures with further frames or pages, which nobody will see
+        self._tokens = array("I")
+        self._is_kept_N: np.ndarray | slice = slice(None)
+
+    def add(self, position: int, sample: Sample, counts: TokenCounts) -> None:
+        self.positions.append(position)
+        self._tokens.extend(counts)
+        self.sieve.add(sample)
+        self.further_frames += any(map(has_further_frames, sample.images))
+
+    def keep(self, is_kept_N: np.ndarray) -> None:
+        """Leave the others out of what is told from now on."""
+        self._is_kept_N = is_kept_N
+
+    @property
+    def tokens_N2(self) -> np.ndarray:
+        """Supervised tokens and all tokens of each sample."""
+        return np.array(self._tokens, dtype=np.int64).reshape(-1, 2)[self._is_kept_N]
+
+    @property
+    def key_N(self) -> np.ndarray:
+        return self.sieve.key_N[self._is_kept_N]
+
+
+def _without(sets: Mapping[str, Samples], rejected_at: Mapping[str, list[list[Any]]]) -> dict[str, Samples]:
     """The samples of every set that do not stand at the rejected rows of the set's files."""
-    bad = {key: {(path, row) for path, row in places} for key, places in rejected_at.items()}
-    return {
-        key: [s for s in group if (str(s.origin.path), s.origin.row) not in bad[key]] for key, group in sets.items()
-    }
+    left = {}
+    for key, group in sets.items():
+        bad = {(path, row) for path, row in rejected_at[key]}
+        origins = (sample.origin for sample in group)
+        is_left_N = np.fromiter(((str(o.path), o.row) not in bad for o in origins), bool, len(group)) if bad else None
+        left[key] = group if is_left_N is None else group.take(is_left_N)
+    return left
 
 
 def _reject(sample: Sample, reason: str, detail: str) -> Reject:
@@ -1006,9 +1052,17 @@ def _buckets(samples: Sequence[Sample], utility: Mapping[tuple[str, str], float]
     return [list(part) for part in np.array_split(np.array(order, dtype=object), count)]
 
 
-def _digest(samples: Sequence[Sample]) -> str:
-    """One hash over the content of all samples, whatever their order."""
+def _digest(sets: Iterable[Samples]) -> str:
+    """One hash over the content of all samples, in the order of set name, id and content."""
     digest = hashlib.sha256()
-    for s in sorted(samples, key=lambda s: (s.domain, s.id, s.content_hash)):
-        digest.update(f"{s.domain} {s.id} {s.content_hash}\n".encode())
+    by_name: dict[str, list[Samples]] = {}
+    for group in sets:
+        if len(group):
+            by_name.setdefault(group[0].domain, []).append(group)
+    for name in sorted(by_name):
+        group = Samples.joined(by_name[name])
+        hashes = pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(group), [None, pa.py_buffer(group.hashes())])
+        keys = pa.table({"id": group.ids(), "content": hashes})
+        for s in group.take(pc.sort_indices(keys, [("id", "ascending"), ("content", "ascending")]).to_numpy()):
+            digest.update(f"{name} {s.id} {s.content_hash}\n".encode())
     return digest.hexdigest()

@@ -51,10 +51,10 @@ class Handover:
     portions: Sequence[Portion]
     native: bool = False
 
-    def sets(self) -> dict[str, list[Sample]]:
+    def sets(self) -> dict[str, Sequence[Sample]]:
         """The rows of each file: by portion, each once, for native shares; else by domain with their repetitions."""
         if self.native:
-            return {portion.name: list(portion.samples) for portion in self.portions}
+            return {portion.name: portion.samples for portion in self.portions}
         return by_domain(self.samples)
 
     @property

@@ -6,7 +6,8 @@ the original reads the export. Image paths stay as they are, relative to the ori
 beside the files says which that is. For what came from a list of LLaMA-Factory a new list says how to read it.
 
 The files must still be those that were read: an edit that keeps the number of rows is not seen here (the run's
-fingerprint sees it). JSON rows are held in memory until they are written, pictures of Parquet a few hundred at a time.
+fingerprint sees it). Of lines only the places are held in memory, of a JSON array all of it, of Parquet a few hundred
+rows at a time.
 """
 
 import codecs
@@ -14,12 +15,14 @@ import itertools
 import json
 import re
 import tarfile
+from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -28,9 +31,12 @@ from datalloy.config import DataSource
 from datalloy.durable import complete_file, write_json
 from datalloy.errors import DataError
 from datalloy.locations import ENTRY_FILE, locate
+from datalloy.readers import Samples
 from datalloy.readers.arrow import FILE_MAGIC, STREAM_MAGIC, read_arrow
 from datalloy.readers.webdataset import tar_groups
 from datalloy.sample import FileImage, Sample
+
+K = TypeVar("K", bound=Hashable)
 
 MEDIA_ROOTS = "media_roots.json"
 RESERVED = (MEDIA_ROOTS, ENTRY_FILE)
@@ -83,12 +89,19 @@ def export_rows(samples: Sequence[Sample], out: Path, *, sources: Mapping[str, D
     return [*written, out / MEDIA_ROOTS]
 
 
-def by_domain(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+def by_domain(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:
     """The samples of each domain, in their order."""
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.domain, []).append(sample)
-    return groups
+    return _groups(samples, lambda sample: sample.domain)
+
+
+def _groups(samples: Sequence[Sample], key: Callable[[Sample], K]) -> dict[K, Sequence[Sample]]:
+    """The samples with each key, in their order; of samples that are known by number, no more than that."""
+    positions: dict[K, array[int]] = {}
+    for position, sample in enumerate(samples):
+        positions.setdefault(key(sample), array("q")).append(position)
+    if isinstance(samples, Samples):
+        return {name: samples.take(np.array(chosen)) for name, chosen in positions.items()}
+    return {name: [samples[i] for i in chosen] for name, chosen in positions.items()}
 
 
 def _root_and_entry(samples: Sequence[Sample], source: DataSource | None) -> tuple[Path, dict[str, Any]]:
@@ -99,11 +112,9 @@ def _root_and_entry(samples: Sequence[Sample], source: DataSource | None) -> tup
     return Path(source.media_root or located.root).resolve(), located.entry
 
 
-def _targets(out: Path, domain: str, samples: Sequence[Sample]) -> Iterator[tuple[Path, list[Sample]]]:
+def _targets(out: Path, domain: str, samples: Sequence[Sample]) -> Iterator[tuple[Path, Sequence[Sample]]]:
     """The file to write for each file that the samples come from, and its samples."""
-    files: dict[Path, list[Sample]] = {}
-    for sample in samples:
-        files.setdefault(sample.origin.path, []).append(sample)
+    files = _groups(samples, lambda sample: sample.origin.path)
     if len(files) == 1:
         ((source, rows),) = files.items()
         yield out / f"{domain}{source.suffix}", rows
@@ -122,7 +133,8 @@ def _check_root(samples: Sequence[Sample], root: Path) -> None:
 
 def _write_rows(source: Path, samples: Sequence[Sample], file: BinaryIO) -> None:
     if samples[0].origin.line:
-        _write_lines(source, [sample.origin.line for sample in samples], file)
+        lines = (sample.origin.line for sample in samples)
+        _write_lines(source, np.fromiter(lines, np.int64, len(samples)), file)
         return
     write = _write_array
     with source.open("rb") as original:
@@ -136,15 +148,32 @@ def _write_rows(source: Path, samples: Sequence[Sample], file: BinaryIO) -> None
     write(source, [sample.origin.row for sample in samples], file)
 
 
-def _write_lines(source: Path, lines: Sequence[int], file: BinaryIO) -> None:
-    wanted = set(lines)
+def _write_lines(source: Path, line_N: np.ndarray, file: BinaryIO) -> None:
+    wanted_M, wanted_N = np.unique(line_N, return_inverse=True)
     with source.open("rb") as original:
-        text_by_line = {number: line for number, line in enumerate(original, start=1) if number in wanted}
-    for number in lines:
-        line = text_by_line[number]
-        if number == 1:  # the mark belongs to the file, not to the row, which may now stand anywhere
-            line = line.removeprefix(codecs.BOM_UTF8)
-        file.write(line if line.endswith(b"\n") else line + b"\n")
+        start_M, end_M = _places_of(wanted_M, original)
+        for wanted in wanted_N:
+            original.seek(start_M[wanted])
+            line = original.read(end_M[wanted] - start_M[wanted])
+            if wanted_M[wanted] == 1:  # the mark belongs to the file, not to the row, which may now stand anywhere
+                line = line.removeprefix(codecs.BOM_UTF8)
+            file.write(line if line.endswith(b"\n") else line + b"\n")
+
+
+def _places_of(line_M: np.ndarray, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+    """Where lines of ascending numbers, from 1, begin and end. Raises LookupError where there are fewer."""
+    start_M, end_M = np.zeros(len(line_M), np.int64), np.zeros(len(line_M), np.int64)
+    lines = enumerate(file, start=1)
+    end = 0
+    for i, wanted in enumerate(line_M):
+        for number, line in lines:
+            start, end = end, end + len(line)
+            if number == wanted:
+                start_M[i], end_M[i] = start, end
+                break
+        else:
+            raise LookupError(f"line {wanted} is not there")
+    return start_M, end_M
 
 
 def _write_array(source: Path, rows: Sequence[int], file: BinaryIO) -> None:

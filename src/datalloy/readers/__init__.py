@@ -11,7 +11,7 @@ The content hash reads every image once, so reading costs about what hashing the
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from datalloy.errors import DataError
 from datalloy.locations import Located, locate
 from datalloy.readers.arrow import FILE_MAGIC, STREAM_MAGIC, arrow_records
 from datalloy.readers.layouts import LAYOUTS, Listed, ReadTurns, layout_of, read_by_keys
+from datalloy.readers.origins import Origins
 from datalloy.readers.parquet import parquet_records
-from datalloy.readers.records import Record, RecordError, json_records, open_data_file, shown
+from datalloy.readers.records import Record, RecordError, is_jsonl, json_records, open_data_file, shown
+from datalloy.readers.stored import Samples, StoredSamples
 from datalloy.readers.tables import Columns
 from datalloy.readers.webdataset import tar_records
 from datalloy.sample import Origin, Sample, Turn, content_hash
@@ -59,30 +61,7 @@ def read(source: DataSource, domain: str) -> Iterator[Sample | Reject]:
     copy the same with "-n". A second record with the same id is rejected. Raises DataError where the file as a whole
     cannot be read.
     """
-    located = locate(source.path)
-    read_turns = _read_turns(source, located)
-    root = _media_root(source, located)
-    origins: dict[str, Origin] = {}
-    copies: Counter[str] = Counter()
-    for path, record in _records(source, located):
-        origin = Origin(path, record.row, record.line)
-        given_id = ""
-        try:
-            fields = _accepted_fields(record)
-            given_id = _given_id(fields)
-            if given_id in origins:
-                raise RecordError("duplicate_id", f"{origins[given_id]} has the same id")
-            turns = read_turns(fields, root)
-            digest = _readable_content_hash(turns)
-        except RecordError as fault:
-            yield Reject(path, record.row, record.line, given_id, fault.reason, fault.detail)
-            continue
-        sample_id = given_id or _unused_hash_id(digest, copies, origins)
-        origins[sample_id] = origin
-        if len(origins) > source.skip:
-            yield Sample(sample_id, domain, turns, origin, digest)
-        if source.limit is not None and len(origins) == source.skip + source.limit:
-            return
+    return (item for item, _ in _Reading(source, domain).items())
 
 
 def read_all(source: DataSource, domain: str) -> tuple[list[Sample], list[Reject]]:
@@ -94,9 +73,78 @@ def read_all(source: DataSource, domain: str) -> tuple[list[Sample], list[Reject
             samples.append(item)
         else:
             rejects.append(item)
+    _say(source, samples, rejects)
+    return samples, rejects
+
+
+def read_stored(source: DataSource, domain: str) -> tuple[Samples, list[Reject]]:
+    """As `read_all`, the samples of JSONL not held but read again when they are asked for (`stored`). Raises DataError.
+
+    What is rejected is held.
+    """
+    reading = _Reading(source, domain)
+    if not reading.is_jsonl:
+        held, rejects = read_all(source, domain)
+        return Samples.of(held), rejects
+    stored = StoredSamples(domain, reading.origins, reading.reread, skip=source.skip)
+    rejects = []
+    for item, record in reading.items():
+        if isinstance(item, Reject):
+            rejects.append(item)
+        elif record.place is not None:
+            stored.add(item.content_hash, record.place)
+    reading.origins.close()
+    _say(source, stored, rejects)
+    return Samples.of(stored), rejects
+
+
+class _Reading:
+    """One pass over a source."""
+
+    def __init__(self, source: DataSource, domain: str) -> None:
+        self.source, self.domain = source, domain
+        self.located = locate(source.path)
+        self.read_turns = _read_turns(source, self.located)
+        self.root = _media_root(source, self.located)
+        self.origins = Origins()
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether every record stands in a line of its own."""
+        if self.source.format in ("parquet", "webdataset"):
+            return False
+        return all(_container(path) == "json" and is_jsonl(path) for path in self.located.files)
+
+    def reread(self, fields: dict[str, Any]) -> tuple[Turn, ...]:
+        return self.read_turns(fields, self.root)
+
+    def items(self) -> Iterator[tuple[Sample | Reject, Record]]:
+        source, origins = self.source, self.origins
+        copies: Counter[str] = Counter()
+        for path, record in _records(source, self.located):
+            origin = Origin(path, record.row, record.line)
+            given_id = ""
+            try:
+                fields = _accepted_fields(record)
+                given_id = _given_id(fields)
+                if given_id and (first := origins.get(given_id)):
+                    raise RecordError("duplicate_id", f"{first} has the same id")
+                turns = self.read_turns(fields, self.root)
+                digest = _readable_content_hash(turns)
+            except RecordError as fault:
+                yield Reject(path, record.row, record.line, given_id, fault.reason, fault.detail), record
+                continue
+            sample_id = given_id or _unused_hash_id(digest, copies, origins)
+            origins.add(sample_id, origin)
+            if len(origins) > source.skip:
+                yield Sample(sample_id, self.domain, turns, origin, digest), record
+            if source.limit is not None and len(origins) == source.skip + source.limit:
+                return
+
+
+def _say(source: DataSource, samples: Sequence[Sample], rejects: Sequence[Reject]) -> None:
     reasons = dict(Counter(reject.reason for reject in rejects))
     log.info("%s: %d samples, %d rejected %s", source.path, len(samples), len(rejects), reasons)
-    return samples, rejects
 
 
 def detect_format(source: str | Path) -> str:
@@ -222,10 +270,12 @@ def _readable_content_hash(turns: tuple[Turn, ...]) -> str:
         raise RecordError("image_unreadable", str(error)) from None
 
 
-def _unused_hash_id(digest: str, copies: Counter[str], used: dict[str, Origin]) -> str:
+def _unused_hash_id(digest: str, copies: Counter[str], used: Origins) -> str:
+    """`copies` counts contents that stand there twice or more, from the second on."""
     stem = digest[:HASH_ID_LENGTH]
+    if stem not in used:
+        return stem
     while True:
         copies[stem] += 1
-        candidate = stem if copies[stem] == 1 else f"{stem}-{copies[stem]}"
-        if candidate not in used:
+        if (candidate := f"{stem}-{copies[stem] + 1}") not in used:
             return candidate

@@ -13,10 +13,11 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from datalloy.display import shown
 from datalloy.errors import DataError
@@ -54,6 +55,14 @@ class RecordError(Exception):
         self.detail = detail
 
 
+class Place(NamedTuple):
+    """Where a record of JSONL stands in its file, so that it can be read again alone."""
+
+    start: int
+    size: int
+    checksum: int  # CRC-32 of these bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record of a file, `row` from 0. `line` is the physical line from 1 in JSONL, and 0 elsewhere."""
@@ -61,6 +70,7 @@ class Record:
     row: int
     line: int
     fields: dict[str, Any] | RecordError
+    place: Place | None = None
 
 
 def open_data_file(path: Path) -> BinaryIO:
@@ -87,29 +97,40 @@ def json_records(path: Path) -> Iterator[Record]:
             raise DataError(f"{path} is a Parquet file; set `format: parquet` or `format: auto`")
         if head[257:262] == b"ustar":
             raise DataError(f"{path} is a tar archive; set `format: webdataset` or `format: auto`")
-        is_array = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
-        if is_array and path.suffix.lower() not in _LINE_SUFFIXES:
-            yield from _array_records(file.read(), path)
-        else:
+        if _is_lines(path, head):
             yield from _line_records(file)
+        else:
+            yield from _array_records(file.read(), path)
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether `json_records` reads the file line by line. Raises DataError as it does."""
+    with open_data_file(path) as file:
+        return _is_lines(path, os.pread(file.fileno(), 4096, 0))
+
+
+def _is_lines(path: Path, head: bytes) -> bool:
+    is_array = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
+    return not is_array or path.suffix.lower() in _LINE_SUFFIXES
 
 
 def _line_records(file: BinaryIO) -> Iterator[Record]:
-    row = number = 0
+    row = number = end = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        fields: dict[str, Any] | RecordError
+        start, end = end, end + len(line)
         if len(line) > MAX_LINE_BYTES:
             while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
-                pass  # the rest of the line is passed by, never held
-            fields = RecordError("line_too_long", f"a line may have at most {MAX_LINE_BYTES:,} bytes")
+                end += len(line)  # the rest of the line is passed by, never held
+            yield Record(row, number, RecordError("line_too_long", f"a line may have at most {MAX_LINE_BYTES:,} bytes"))
         else:
-            if number == 1:
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
                 line = line.removeprefix(codecs.BOM_UTF8)
+                start += len(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            fields = parse_record(line.removesuffix(b"\n").removesuffix(b"\r"))
-        yield Record(row, number, fields)
+            raw = line.removesuffix(b"\n").removesuffix(b"\r")
+            yield Record(row, number, parse_record(raw), Place(start, len(raw), zlib.crc32(raw)))
         row += 1
 
 

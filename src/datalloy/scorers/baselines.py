@@ -5,7 +5,7 @@ by them. All of them follow from one forward pass, hence from the columns of any
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,18 +16,18 @@ from datalloy.vlm import VLM, Encoded
 
 
 class Seen(NamedTuple):
-    """What baselines may look at: losses (nats per token), supervised tokens, content hashes; and a seed."""
+    """What baselines may look at: losses (nats per token), supervised tokens, content hashes (once); and a seed."""
 
     loss_N: np.ndarray
     tokens_N: np.ndarray
-    keys: Sequence[str]
+    keys: Iterable[str]
     seed: int
 
 
 def random_score(seen: Seen) -> np.ndarray:
     """A draw in [0, 1) that depends on the seed and the sample's content alone, not on its place in the file."""
     digests = (hashlib.sha256(f"{seen.seed} {key}".encode()).digest() for key in seen.keys)
-    return np.array([int.from_bytes(digest[:8]) / 2**64 for digest in digests])
+    return np.fromiter((int.from_bytes(digest[:8]) / 2**64 for digest in digests), np.float64)
 
 
 def low_loss(seen: Seen) -> np.ndarray:
