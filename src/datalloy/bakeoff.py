@@ -9,12 +9,11 @@ What the values are is the caller's: judged by the mean loss alone the race went
 confident wrong answer decide it; by the probability of the right answer alone, because easy samples seen often make a
 model sure (docs/decisions.md).
 
-Three rounds: all arms run briefly; the best four and the two reference arms run again, from the start, three times as
-long, so that the winner's margin over each is measured at equal compute; the best two of these three times as long
-again. Long runs are what the decision needs: a small clean selection leads at first and is overtaken when it has been
-repeated often, and wrong answers do their harm late. So no arm is ruled out by how sure a short run is of it, and the
-leader meets its own next larger selection in the last round, and the full pool. Where the budget is too small for three
-rounds there are two.
+Two rounds: all arms run briefly; the finalists run again, from the start, three times as long. Finalists are the best
+two, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a small clean
+selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm late. So no
+arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full length. A
+third, still shorter round before these cost a run in nine and told nothing: after four steps all arms are alike.
 """
 
 import logging
@@ -28,9 +27,8 @@ from datalloy.uncertainty import Interval, paired_interval
 
 log = logging.getLogger(__name__)
 
-SECOND_ROUND = 4  # arms beside the reference arms
-LAST_ROUND = 4  # arms: the best two, the leader's scorer at its next larger fraction, and the full pool
-LONGER = 3  # times the steps of the round before
+FINALISTS = 4  # arms at most: the best two, the full pool, the next larger selection by the best score
+LONGER = 3  # times the steps of the first round
 MIN_STEPS = 4  # of the first round; fewer tell nothing
 
 
@@ -106,68 +104,57 @@ def race(
     budget is too small to tell arms apart, ModelError when the values after a run are not finite. The order of `arms`
     does not matter: ties go by name.
     """
-    lengths = _plan(arms, budget_steps, longest_steps)
-    rounds: list[dict[Arm, np.ndarray]] = []
-    ranked: list[Arm] = []
-    for number, (length, choose) in enumerate(zip(lengths, (_all, _second_round, _last_round), strict=False), start=1):
-        rounds.append(_run_all(choose(ranked, arms), run_arm, length, number))
-        ranked = _ranked(rounds[-1], weight_V)
-        log.info("bake-off: best after %d steps: %s", length, ", ".join(arm.name for arm in ranked[:SECOND_ROUND]))
-    winner = ranked[0]
+    short, long = _plan(arms, budget_steps, longest_steps)
+    first = _run_all(arms, run_arm, short, 1)
+    ranked = _ranked(first, weight_V)
+    log.info("bake-off: best after %d steps: %s", short, ", ".join(arm.name for arm in ranked[:FINALISTS]))
+    last = _run_all(_finalists(ranked), run_arm, long, 2)
+    winner = _ranked(last, weight_V)[0]
     return Outcome(
         winner=winner,
-        margins=_margins(winner, rounds[1:], weight_V, seed),
-        over_base=_margin("the base", base_V, rounds[-1][winner], weight_V, seed),
+        margins=_margins(winner, first, last, weight_V, seed),
+        over_base=_margin("the base", base_V, last[winner], weight_V, seed),
         results=tuple(
             Result(arm, number, length, float(value_V @ weight_V))
-            for number, (length, values) in enumerate(zip(lengths, rounds, strict=True), start=1)
+            for number, length, values in ((1, short, first), (2, long, last))
             for arm, value_V in values.items()
         ),
-        steps_spent=sum(length * len(values) for length, values in zip(lengths, rounds, strict=True)),
+        steps_spent=short * len(first) + long * len(last),
     )
 
 
-def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> list[int]:
-    """Steps of a run in each round: three rounds where they are affordable, else two. Raises RecipeError."""
-    sizes = (len(arms), min(sum(map(is_reference, arms)) + SECOND_ROUND, len(arms)), min(LAST_ROUND, len(arms)))
-    for rounds in (3, 2):
-        longer = [LONGER**i for i in range(rounds)]
-        units = sum(size * length for size, length in zip(sizes, longer, strict=False))
-        steps = min(budget_steps // units, longest_steps // longer[-1])
-        if steps >= MIN_STEPS:
-            return [steps * length for length in longer]
-    raise RecipeError(
-        f"the bake-off of {len(arms)} arms needs {MIN_STEPS * units} training steps in all, select.bakeoff_epochs "
-        f"allows {budget_steps}; it needs a final training of {MIN_STEPS * LONGER} steps, train.samples or "
-        f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
-        "select.bakeoff_fractions, or set score.method and select.keep_fraction"
-    )
+def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> tuple[int, int]:
+    """Steps of a run in the first and in the last round. Raises RecipeError."""
+    units = len(arms) + LONGER * min(FINALISTS, len(arms))
+    steps = min(budget_steps // units, longest_steps // LONGER)
+    if steps < MIN_STEPS:
+        raise RecipeError(
+            f"the bake-off of {len(arms)} arms needs {MIN_STEPS * units} training steps in all, select.bakeoff_epochs "
+            f"allows {budget_steps}; it needs a final training of {MIN_STEPS * LONGER} steps, train.samples or "
+            f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
+            "select.bakeoff_fractions, or set score.method and select.keep_fraction"
+        )
+    return steps, steps * LONGER
 
 
-def _all(_: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
-    return list(arms)
-
-
-def _second_round(ranked: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
-    best = [arm for arm in ranked if not is_reference(arm)][:SECOND_ROUND]
-    return [*filter(is_reference, arms), *best]
-
-
-def _last_round(ranked: Sequence[Arm], arms: Sequence[Arm]) -> list[Arm]:
-    leader, runner_up = ranked[:2]
-    larger = [
-        a for a in arms if (a.scorer, a.within) == (leader.scorer, leader.within) and a.fraction > leader.fraction
-    ]
-    full = [arm for arm in arms if arm.scorer == "full"]
-    return list(dict.fromkeys([leader, runner_up, *sorted(larger, key=lambda arm: arm.fraction)[:1], *full]))
+def _finalists(ranked: Sequence[Arm]) -> list[Arm]:
+    """Of all arms, best first."""
+    full = [arm for arm in ranked if arm.scorer == "full"]
+    larger: list[Arm] = []
+    if scored := [arm for arm in ranked if not is_reference(arm)]:
+        best = scored[0]
+        alike = [a for a in scored if (a.scorer, a.within) == (best.scorer, best.within) and a.fraction > best.fraction]
+        larger = sorted(alike, key=lambda arm: arm.fraction)[:1]
+    return list(dict.fromkeys([*ranked[:2], *full, *larger]))
 
 
 def _margins(
-    winner: Arm, rounds: Sequence[dict[Arm, np.ndarray]], weight_V: np.ndarray, seed: int
+    winner: Arm, first: dict[Arm, np.ndarray], last: dict[Arm, np.ndarray], weight_V: np.ndarray, seed: int
 ) -> tuple[Margin, ...]:
-    """The winner over every arm that ran beside it in these rounds, by the longest run of both; smallest first."""
-    latest = {arm: values for values in rounds for arm in values if arm != winner}
-    margins = (_margin(arm.name, values[arm], values[winner], weight_V, seed) for arm, values in latest.items())
+    """The winner over the other finalists, and over random samples by the longest run of both; smallest first."""
+    rivals = [arm for arm in first if arm != winner and (arm in last or arm.scorer == "random")]
+    pairs = ((arm, last if arm in last else first) for arm in rivals)
+    margins = (_margin(arm.name, values[arm], values[winner], weight_V, seed) for arm, values in pairs)
     return tuple(sorted(margins, key=lambda margin: (margin.mean, margin.over)))
 
 

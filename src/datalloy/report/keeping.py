@@ -58,7 +58,7 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
     return (
         heading
         + paragraph(
-            "Each way to select was trained for a few steps at equal compute, in three rounds of growing length, and "
+            "Each way to select was trained for a few steps at equal compute, the best again for longer, and "
             "judged on target items: half by their marks, half by the probability of the right answer (by the target's "
             f"metric alone where that asks for no answer). {outcome['steps_spent']:,} training steps were spent. The "
             f"winner is <b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
