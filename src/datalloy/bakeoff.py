@@ -9,11 +9,11 @@ What the values are is the caller's: judged by the mean loss alone the race went
 confident wrong answer decide it; by the probability of the right answer alone, because easy samples seen often make a
 model sure (docs/decisions.md).
 
-Two rounds: all arms run briefly; the finalists run again, from the start, three times as long. Finalists are the best
-two, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a small clean
-selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm late. So no
-arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full length. A
-third, still shorter round before these cost a run in nine and told nothing: after four steps all arms are alike.
+Two rounds: all arms run briefly; the finalists run again, from the start, three times as long. Finalists are the
+best two, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a small
+clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm late.
+So no arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full
+length. A third, still shorter round before these told nothing: after four steps all arms are alike.
 """
 
 import logging
