@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from datalloy.config import Train
-from datalloy.errors import EnvironmentFault, RecipeError
+from datalloy.errors import EnvironmentFault, ModelError, RecipeError
+from datalloy.sharding import Shards
 from datalloy.training import MAX_GRADIENT_NORM, micro_batches, train
 from datalloy.vlm import VLM
 from drawn import build_vlm, draw_samples
@@ -194,6 +195,14 @@ def test_what_a_launcher_asks_of_sharding_and_would_not_get_is_refused(variables
     encoded = [vlm.encode(sample) for sample in draw_samples(4)]
     with pytest.raises(EnvironmentFault, match=message):
         train(vlm, encoded, Train(adapter="none", batch_size=2), None, steps=1)
+
+
+def test_a_model_with_a_parameter_that_cannot_be_cut_is_refused_and_left_whole(vlm):
+    vlm.model.temperature = torch.nn.Parameter(torch.tensor(2.0))
+    before = {name: parameter.clone() for name, parameter in vlm.model.named_parameters()}
+    with pytest.raises(ModelError, match=r"cannot be sharded: its parameter temperature, of shape \[\], has nothing"):
+        Shards(vlm)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in vlm.model.named_parameters())
 
 
 def test_a_batch_smaller_than_the_processes_is_refused():

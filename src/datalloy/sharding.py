@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
-from datalloy.errors import EnvironmentFault
+from datalloy.errors import EnvironmentFault, ModelError
 from datalloy.vlm import VLM
 
 USE_FSDP = "ACCELERATE_USE_FSDP"  # as `accelerate launch --use_fsdp` sets it; so are the others
@@ -88,6 +88,8 @@ class Shards:
     """
 
     def __init__(self, whole: VLM) -> None:
+        """Raises ModelError for a model with parameters that cannot be cut."""
+        _check_cuttable(whole)
         states = [*whole.model.parameters(), *whole.model.buffers()]
         self.part = dataclasses.replace(whole, model=copy.deepcopy(whole.model, {id(state): state for state in states}))
         self._whole = whole
@@ -151,6 +153,16 @@ def zero_for_all(model: torch.nn.Module) -> Tensor | float:
     """
     parameters = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     return sum(parameter.reshape(-1)[:0].sum() for parameter in parameters)
+
+
+def _check_cuttable(vlm: VLM) -> None:
+    for name, parameter in vlm.model.named_parameters():
+        if parameter.ndim == 0 or not parameter.is_contiguous():
+            raise ModelError(
+                f"{vlm.name} cannot be sharded: its parameter {name}, of shape {list(parameter.shape)}, has nothing to "
+                "be cut along, or does not lie in memory in one piece; train it without FSDP (torchrun, or `accelerate "
+                "launch --multi_gpu`)"
+            )
 
 
 def _plain_parameters(module: torch.nn.Module) -> list[Parameter]:
