@@ -18,7 +18,7 @@ of every mixture, all of them: the most that could be bought.
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from datalloy.surrogates.mixmin import MixMin
 
 RUNS = (1, 2, 3, 4, 6, 8, 12)
 DRAWS = 20
-FEWER_DRAWS = 5  # of the regressions that tune trees: seconds a fit
+FEWER_DRAWS = 3  # of the regressions that tune trees: seconds a fit
 SLOW = ("regmix_tuned", "gaussian_process")
 METRICS = ("probability", "loss", "exact_match")
 
@@ -144,13 +144,13 @@ def _fit(make: Callable[[], Any], trained: TrainedMixtures, seen: np.ndarray) ->
     return surrogate.predict(trained.weight_NK)
 
 
-def cases(row: dict[str, Any], run: Path, other: Path | None) -> Iterator[tuple[str, Case]]:
-    """The design of a run by every metric, judged by another run's trainings where there is one."""
+def cases(row: dict[str, Any], metrics: Sequence[str], run: Path, other: Path | None) -> Iterator[tuple[str, Case]]:
+    """The design of a run by these metrics, judged by another run's trainings where there is one."""
     values = load(run)
     judged = load(other) if other else values
     targets = len(row["values"]["true:loss"][0])
     target_V = np.repeat(np.arange(targets), values["true:loss"].shape[1] // targets)
-    for metric in METRICS:
+    for metric in metrics:
         true_NV, judged_NV = values[f"true:{metric}"], judged[f"true:{metric}"]
         names, weight_NK = tuple(map(str, range(targets))), np.array(row["weights"])
         trained = TrainedMixtures(names, weight_NK, true_NV, values[f"merged:{metric}"], target_V, np.zeros(targets))
@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files written by mixtures.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of its run folders")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["probability"])
     parser.add_argument("--out", type=Path, default=Path("experiments/results/mixture_curves.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -174,7 +175,7 @@ def main() -> None:
             seeds = row["seed"], row["train_seed"]
             others = [r["train_seed"] for r in result["rows"] if r["seed"] == seeds[0] and r["train_seed"] != seeds[1]]
             runs = [run_folder(args.runs, *about.values(), seeds[0], train_seed) for train_seed in (seeds[1], *others)]
-            for metric, case in cases(row, runs[0], runs[1] if others else None):
+            for metric, case in cases(row, args.metrics, runs[0], runs[1] if others else None):
                 spread = float(np.ptp(case.judged_N[case.inner]))
                 which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
                 rows += [{**which, **found} for found in curves(case, seeds[0])]
