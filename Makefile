@@ -8,6 +8,8 @@
 #   make audit    known holes in the pinned versions (needs a network)
 #   make bench    every figure of docs/performance.md (some three hours of one core); the peers are measured where
 #                 MERGEKIT=path/to/mergekit-yaml and PEERS=bin-folder-with-bergson-and-kronfluence are given
+#   make evidence-quick  a part of docs/evidence.md trained again: does it still point where the results do? (five minutes)
+#   make evidence  the tables of docs/evidence.md again, from the committed results
 #   make docs     the documentation as a site in build/site; opens offline
 #   make reference  docs/recipe.md and docs/cli.md again, from the code
 #   make packs    the example recipe on real data: make packs DATA=folder with the unpacked packs
@@ -20,7 +22,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: fuzz audit setup demo test torture check bench packs tiny wheel docs reference clean
+.PHONY: fuzz audit setup demo test torture check bench evidence evidence-quick packs tiny wheel docs reference clean
 
 setup: $(VENV)/.datalloy-installed
 
@@ -52,6 +54,12 @@ bench: setup
 	$(BIN)/python experiments/candidate_cost.py --out experiments/results/candidate_cost.json
 	$(BIN)/python benchmarks/merging.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) --out benchmarks/results/merging.json
 	$(if $(PEERS),$(PEERS),$(BIN))/python benchmarks/peers.py --out benchmarks/results/peers.json
+
+evidence: setup
+	$(BIN)/python scripts/evidence.py
+
+evidence-quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/quick.py
 
 packs: setup
 	@test -n "$(DATA)" || { echo "usage: make packs DATA=folder-with-the-unpacked-packs"; exit 2; }

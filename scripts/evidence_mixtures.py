@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from datalloy.uncertainty import rank_agreement
 from evidence_tables import difference, table
 
 RESULTS = Path("experiments/results")
@@ -83,17 +84,13 @@ def ceiling() -> str:
                         [
                             f"{named(result)}, pool {seed}",
                             metric.replace("_", " "),
-                            f"{_spearman(*true):.2f}",
-                            f"{_spearman(merged, true[0]):.2f}, {_spearman(merged, true[1]):.2f}",
-                            f"{_spearman(merged, (true[0] + true[1]) / 2):.2f}",
+                            f"{rank_agreement(*true):.2f}",
+                            f"{rank_agreement(merged, true[0]):.2f}, {rank_agreement(merged, true[1]):.2f}",
+                            f"{rank_agreement(merged, (true[0] + true[1]) / 2):.2f}",
                         ]
                     )
-    head = ["world", "metric", "training with training", "merge with each training", "merge with their mean"]
+    head = ["world", "metric", "training with training", "first merge with each training", "with their mean"]
     return table(head, rows)
-
-
-def _spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    return float(np.corrcoef(a_N.argsort().argsort(), b_N.argsort().argsort())[0, 1])
 
 
 def curves(metric: str) -> str:
