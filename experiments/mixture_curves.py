@@ -72,7 +72,7 @@ class Case:
         return rank, float(self.judged_N.max() - self.judged_N[int(predicted_N.argmax())])
 
 
-def curves(case: Case, seed: int) -> Iterator[dict[str, Any]]:
+def curves(case: Case, seed: int, regressions: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row a predictor and number of real runs: mean Spearman and regret over the draws."""
     trained, vertices, inner = case.trained, case.vertices, case.inner
 
@@ -107,7 +107,8 @@ def curves(case: Case, seed: int) -> Iterator[dict[str, Any]]:
             found = [case.judge(_calibrated(data, np.r_[vertices, planned]), planned)]
             yield row(f"{name}, planned", runs, found)
         more = [rng.choice(inner, min(runs + len(vertices), len(inner) - 3), replace=False) for _ in range(DRAWS)]
-        for name, make in SURROGATES.items():
+        for name in regressions:
+            make = SURROGATES[name]
             few = FEWER_DRAWS if name in SLOW else DRAWS
             yield row(name, runs, [case.judge(_fit(make, trained, np.r_[vertices, d]), d) for d in draws[:few]])
             yield row(f"{name}, inner only", runs, [case.judge(_fit(make, trained, d), d) for d in more[:few]])
@@ -164,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files written by mixtures.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of its run folders")
+    parser.add_argument("--regressions", nargs="+", choices=list(SURROGATES), default=list(SURROGATES))
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["probability"])
     parser.add_argument("--out", type=Path, default=Path("experiments/results/mixture_curves.json"))
     args = parser.parse_args()
@@ -178,7 +180,7 @@ def main() -> None:
             for metric, case in cases(row, args.metrics, runs[0], runs[1] if others else None):
                 spread = float(np.ptp(case.judged_N[case.inner]))
                 which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
-                rows += [{**which, **found} for found in curves(case, seeds[0])]
+                rows += [{**which, **found} for found in curves(case, seeds[0], args.regressions)]
             print(path.name, *seeds, flush=True)
     write_json(args.out, {"rows": rows, **provenance()})
 
