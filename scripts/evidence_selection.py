@@ -122,6 +122,18 @@ def fractions(base: str) -> str:
     return table(headed("kept", base), rows)
 
 
+def fast(base: str) -> str:
+    """Models trained on what the fast scores keep, minus those of exact, paired."""
+    rows = []
+    for scorer in ("calibrated", "tail"):
+        for fraction in (0.5, 0.2):
+            found = [
+                difference(runs(base, w, scorer, fraction), runs(base, w, "exact", fraction)) for w in worlds(base)
+            ]
+            rows.append([f"{NAMES[scorer]} {fraction:.0%}", *found])
+    return table(headed("minus OST, exact", base), rows)
+
+
 def variants(base: str) -> str:
     """What it changes to rank the whole pool at once, and to train for fixed epochs, at 50 %: paired differences."""
     rows = []
