@@ -4,7 +4,9 @@
 
 Rows of text, drawn on the spot, and the cheapest scorer there is, which asks no model (`length`; every row is rendered
 and split into tokens for it, once); or one forward pass a row with `--method low_loss`. The stages are those of a real
-run, with shards, done-records and all checks. Each size runs in a process of its own, on one thread.
+run, with shards, done-records and all checks. Each size runs in a process of its own, on one thread. Processor time
+includes that of the process that renders the chat template. What a row costs in memory is the growth of the peak from
+the smallest size to the largest: libraries and model are in both.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from datalloy.config import load_recipe
@@ -55,6 +58,12 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that still run."""
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return time.process_time() + sum(t.user + t.system for t in times)
+
+
 def measure(size: int, method: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -69,16 +78,16 @@ def measure(size: int, method: str, seed: int) -> dict[str, Any]:
             workflow = Workflow(run)
             found["mib_before"] = peak_mib()
             for stage in ("check", "score", "select", "export"):
-                processor, wall = time.process_time(), time.perf_counter()
+                processor, wall = processor_seconds(), time.perf_counter()
                 getattr(workflow, stage)()
                 found["stages"][stage] = {
-                    "processor_seconds": time.process_time() - processor,
+                    "processor_seconds": processor_seconds() - processor,
                     "wall_seconds": time.perf_counter() - wall,
                     "peak_mib": peak_mib(),
                 }
             exported = sum(1 for _ in (folder / "run" / "export" / "text.jsonl").open("rb"))
         found["exported"] = exported
-        found["bytes_a_row"] = (peak_mib() - found["mib_before"]) * 2**20 / size
+        found["microseconds_a_row"] = sum(s["processor_seconds"] for s in found["stages"].values()) / size * 1e6
         return found
 
 
@@ -102,7 +111,17 @@ def main() -> None:
         results.append(json.loads(done.stdout))
         print(json.dumps(results[-1]))
     machine = {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
-    write_json(args.out, {"method": args.method, "seed": args.seed, "machine": machine, "results": results})
+    about = {"method": args.method, "seed": args.seed, "machine": machine, "bytes_a_row": bytes_a_row(results)}
+    write_json(args.out, {**about, "results": results})
+
+
+def bytes_a_row(results: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Growth of the peak up to the end of each stage, by row, between the smallest and the largest size."""
+    least, most = (pick(results, key=lambda found: found["rows"]) for pick in (min, max))
+    if (more := most["rows"] - least["rows"]) == 0:
+        return None
+    growth = {stage: most["stages"][stage]["peak_mib"] - least["stages"][stage]["peak_mib"] for stage in most["stages"]}
+    return {stage: mib * 2**20 / more for stage, mib in growth.items()}
 
 
 def _one_thread() -> dict[str, str]:

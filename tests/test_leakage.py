@@ -13,10 +13,12 @@ import pytest
 from datalloy.config import DataSource
 from datalloy.leakage import (
     Leak,
+    Sieve,
     count_duplicates,
     describe,
     find_duplicates,
     find_leaks,
+    is_repeated,
     is_same_picture,
     perceptual_hash,
     text_key,
@@ -255,6 +257,25 @@ def test_leaks_do_not_depend_on_the_order_of_the_pool():
     shuffled = random.Random(0).sample(samples, len(samples))
     guarded = {"a": samples[:3], "b": samples[5:7]}
     assert find_leaks(samples, guarded) == find_leaks(shuffled, guarded)
+
+
+def test_what_a_sieve_holds_back_has_no_part_in_leaks_and_copies():
+    red, blue = image(PIL.Image.new("RGB", (32, 32), "red")), image(PIL.Image.new("RGB", (32, 32), "blue"))
+    contents = [("What?", "a"), ("what ?", "a"), ("WHAT?", "a"), ("Who?", "b"), ("Who?", "c"), ("Where?", "d")]
+    plain = [make_sample(f"s{i}", *content) for i, content in enumerate(contents)]
+    pictured = [make_sample(f"p{i}", "Colour?", "e", picture) for i, picture in enumerate([red, blue, red])]
+    turns = (*plain[5].turns, *plain[3].turns)
+    pool = [*plain, *pictured, Sample("long", "pool", turns, Origin(Path("pool.jsonl"), 0), content_hash(turns))]
+    guarded = {"goal": [make_sample("g0", "Who?", "z"), make_sample("g1", "Colour?", "e", red)]}
+    sieve = Sieve(guarded)
+    for sample in pool:
+        sieve.add(sample)
+    suspects = [sample for sample, passes in zip(pool, sieve.is_suspect_N, strict=True) if passes]
+    repeated = [sample for sample, passes in zip(pool, is_repeated(sieve.key_N), strict=True) if passes]
+    assert [sample.id for sample in suspects] == ["s3", "s4", "p0", "p1", "p2", "long"]
+    assert [sample.id for sample in repeated] == ["s0", "s2", "p0", "p1", "p2"]
+    assert find_leaks(suspects, guarded) == find_leaks(pool, guarded) != []
+    assert find_duplicates(repeated) == find_duplicates(pool) != []
 
 
 def test_targets_are_compared_with_evaluation_sets_by_the_same_call():
