@@ -167,6 +167,17 @@ def test_a_larger_selection_that_only_the_last_round_shows_to_be_best_wins():
     assert {"full", LOW.name, TAIL.name, RANDOM.name} == {margin.over for margin in outcome.margins}
 
 
+@pytest.mark.parametrize(("lead", "winner"), [(0.01, "full"), (0.2, "tail 50% domain")])
+def test_a_selection_nearly_tied_with_the_full_pool_loses_to_it(lead, winner):
+    noise_V = np.random.default_rng(0).normal(0, 0.3, V)  # a standard error of 0.047
+    noise_V -= noise_V.mean()
+
+    def track(arm, steps, number):
+        return BASE_V + {TAIL: 0.5 + lead, FULL: 0.5 + noise_V}.get(arm, 0)
+
+    assert run(track).winner.name == winner
+
+
 def test_an_early_leader_can_be_overtaken_in_the_last_round():
     def track(arm, steps, number):
         gain = {TAIL: 0.2, LOW: 0.19 if number == 1 else 0.5}.get(arm, 0)

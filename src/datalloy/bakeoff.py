@@ -14,6 +14,8 @@ best two, the full pool, and the next larger selection by the best score. Long r
 clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm late.
 So no arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full
 length. A third, still shorter round before these told nothing: after four steps all arms are alike.
+
+Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps.
 """
 
 import logging
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FINALISTS = 4  # arms at most: the best two, the full pool, the next larger selection by the best score
 LONGER = 3  # times the steps of the first round
+NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
 MIN_STEPS = 4  # of the first round; fewer tell nothing
 
 
@@ -109,7 +112,7 @@ def race(
     ranked = _ranked(first, weight_V)
     log.info("bake-off: best after %d steps: %s", short, ", ".join(arm.name for arm in ranked[:FINALISTS]))
     last = _run_all(_finalists(ranked), run_arm, long, 2)
-    winner = _ranked(last, weight_V)[0]
+    winner = _winner(last, weight_V)
     return Outcome(
         winner=winner,
         margins=_margins(winner, first, last, weight_V, seed),
@@ -146,6 +149,18 @@ def _finalists(ranked: Sequence[Arm]) -> list[Arm]:
         alike = [a for a in scored if (a.scorer, a.within) == (best.scorer, best.within) and a.fraction > best.fraction]
         larger = sorted(alike, key=lambda arm: arm.fraction)[:1]
     return list(dict.fromkeys([*ranked[:2], *full, *larger]))
+
+
+def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:
+    """The arm that keeps most of those nearly tied with the best."""
+    best, *others = _ranked(values, weight_V)
+    winner = best
+    for arm in others:
+        difference_V = (values[best] - values[arm]) * weight_V * len(weight_V)
+        error = difference_V.std(ddof=1) / np.sqrt(len(difference_V))
+        if arm.fraction > winner.fraction and difference_V.mean() <= NEARLY_TIED * error:
+            winner = arm
+    return winner
 
 
 def _margins(
