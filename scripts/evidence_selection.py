@@ -331,5 +331,7 @@ def summary(bases: Sequence[str] = ("blurred", "shipped")) -> str:
                 found = runs(base, world, scorer, fraction)
                 mean, low, high = interval(list(found.values())) if found else (np.nan,) * 3
                 cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]" if found else "")
-            rows.append([world + (", shipped base" if base == "shipped" else ""), *cells])
+            rows.append(
+                [f"{world} ({len(runs(base, world, 'full'))})" + ", shipped base" * (base == "shipped"), *cells]
+            )
     return table(["world", "untrained", "full SFT", "random 50 %", "low loss 50 %", "Datalloy's choice"], rows)
