@@ -12,7 +12,6 @@ utility (the mean over a domain) ranks domains as the searched shares do. Resuma
 and seed.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import parser_of
 from bases import base_path
+from held_out import HeldOut
 from provenance import provenance
 from selection import DOMAINS, WORLDS, slug
 
 from datalloy.config import load_recipe
-from datalloy.evaluation import MetricItems
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.strict_yaml import dump_yaml
 from datalloy.tiny.pools import write_pool
@@ -103,20 +103,7 @@ def measure(work: Workflow, model: Path) -> dict[str, Any]:
         spent = STEPS * (len(mixing.names) + recipe.mixture.verify_runs)
     if (outcome := work.run.path("bakeoff.json")).exists():
         spent += json.loads(outcome.read_bytes())["steps_spent"]
-    vlm = VLM.load(str(model))
-    right_V, probability_V = (
-        MetricItems.lay_out(
-            vlm, work.evaluation, dict.fromkeys(work.evaluation, metric), recipe.evaluate, blocks=1
-        ).values(vlm)
-        for metric in ("exact_match", "answer_probability")
-    )
-    return {
-        "steps": spent,
-        "share": dict(share),
-        "accuracy": float(right_V.mean()),
-        "probability": float(probability_V.mean()),
-        "right": "".join(str(int(value)) for value in right_V),
-    }
+    return {"steps": spent, "share": dict(share), **HeldOut.lay_out(work).measure(VLM.load(str(model)))}
 
 
 def domain_utility(work: Workflow) -> dict[str, Any]:
@@ -140,11 +127,8 @@ def run_world(world: str, seed: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "joint")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(CHOSEN))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/joint"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/joint"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:

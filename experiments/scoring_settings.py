@@ -11,7 +11,6 @@ score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (de
 Resumable. One minute of one core a setting of `calibrated`, two of `exact`.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import parser_of
 from bases import BASES
 from provenance import provenance
 from selection import WORLDS, Job, auc, open_world, slug
@@ -70,13 +70,10 @@ def scanned_step(folder: Path, row: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "scoring_settings")
     parser.add_argument("--world", choices=list(WORLDS), default="wrong 30 %")
     parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/scoring_settings"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/scoring_settings"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:

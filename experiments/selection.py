@@ -15,7 +15,6 @@ gathered from the records. About 8 seconds of one core a row, 2 minutes of scori
 the tables of docs/evidence.md from the rows.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,12 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import parser_of
 from bases import BASES, base_path
+from held_out import HeldOut
 from provenance import provenance
 
 from datalloy import bakeoff
 from datalloy.config import load_recipe
-from datalloy.evaluation import MetricItems
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.scores import Scores
 from datalloy.selection import select
@@ -189,15 +189,8 @@ class World:
         return {"world": self.name, "base": self.base, "seed": self.seed, **vars(job), **measured}
 
     @cached_property
-    def questions(self) -> dict[str, MetricItems]:
-        """The held-out questions of all targets, marked and by the probability of the answer."""
-        work = self.workflow
-        return {
-            metric: MetricItems.lay_out(
-                work._base, work.evaluation, dict.fromkeys(work.evaluation, metric), self.run.recipe.evaluate, blocks=1
-            )
-            for metric in ("exact_match", "answer_probability")
-        }
+    def held_out(self) -> HeldOut:
+        return HeldOut.lay_out(self.workflow)
 
     def measure(self, job: Job, kept: list[int]) -> dict[str, Any]:
         vlm, steps = self.workflow._base.copy(), 0
@@ -206,15 +199,12 @@ class World:
             if job.protocol == "fixed epochs":
                 steps = max(1, round(STEPS * len(kept) / len(self.fault_N)))
             train(vlm, self.workflow._encoded_pool.pick(kept), self.workflow._train_settings(), None, steps=steps)
-        right_V = self.questions["exact_match"].values(vlm)
         return {
             "steps": steps,
             "kept": len(kept),
             "share": {fault: float((self.fault_N[kept] == fault).mean()) for fault in ("clean", *FAULTS)},
             "hard": float(self.hard_N[kept].mean()),
-            "accuracy": float(right_V.mean()),
-            "probability": float(self.questions["answer_probability"].values(vlm).mean()),
-            "right": "".join(str(int(value)) for value in right_V),
+            **self.held_out.measure(vlm),
         }
 
     def auto(self) -> dict[str, Any]:
@@ -295,13 +285,10 @@ def run_world(name: str, base: str, seed: int, phases: list[str], folder: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "selection")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     parser.add_argument("--base", choices=BASES, default=BASES[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--phases", nargs="+", choices=["main", "more"], default=["main"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/selection"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/selection"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:

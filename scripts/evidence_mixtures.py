@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datalloy.uncertainty import rank_agreement
-from evidence_tables import difference, table
+from evidence_tables import by_pool, difference, table
 
 RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
@@ -118,8 +118,7 @@ def joint() -> str:
     for world in dict.fromkeys(row["world"] for row in found):
 
         def of(way: str, world: str = world) -> dict[int, np.ndarray]:
-            same = [r for r in found if (r["world"], r["way"]) == (world, way)]
-            return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in same}
+            return by_pool(r for r in found if (r["world"], r["way"]) == (world, way))
 
         for way in dict.fromkeys(row["way"] for row in found):
             same = [r for r in found if (r["world"], r["way"]) == (world, way)]

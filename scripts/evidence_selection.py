@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evidence_tables import difference, interval, table
+from evidence_tables import by_pool, difference, interval, table
 
 RESULTS = Path("experiments/results")
 NAMES = {
@@ -71,10 +71,7 @@ def picked(
 
 def runs(base: str, world: str, scorer: str, fraction: float | None = None, **more: str) -> Pools:
     """Right or wrong for every question, by pool, averaged over the draws where there are several, [Q] each."""
-    by_seed: dict[int, list[np.ndarray]] = {}
-    for row in picked(base, world, scorer, fraction, **more):
-        by_seed.setdefault(row["seed"], []).append(np.array(list(row["right"]), dtype=float))
-    return {seed: np.mean(rows, axis=0) for seed, rows in by_seed.items()}
+    return by_pool(picked(base, world, scorer, fraction, **more))
 
 
 def headed(first: str, base: str) -> list[str]:
@@ -274,8 +271,7 @@ def settings(world: str) -> str:
     found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] != "low_loss"]
 
     def of(setting: str, fraction: float) -> Pools:
-        rows = [r for r in found if (r["setting"], r["fraction"]) == (setting, fraction)]
-        return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in rows}
+        return by_pool(r for r in found if (r["setting"], r["fraction"]) == (setting, fraction))
 
     rows = []
     for setting in dict.fromkeys(row["setting"] for row in found):

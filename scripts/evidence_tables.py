@@ -5,11 +5,20 @@ two models answer the same ones. With three pools the draw of pools is coarse (t
 is worth less than it looks, a wide one is not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 RESAMPLES = 1000
+
+
+def by_pool(rows: Iterable[Mapping[str, Any]]) -> dict[int, np.ndarray]:
+    """Right or wrong for every question, by pool, averaged over rows of one pool, [Q] each."""
+    found: dict[int, list[np.ndarray]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], []).append(np.array(list(row["right"]), dtype=float))
+    return {seed: np.mean(same, axis=0) for seed, same in found.items()}
 
 
 def interval(values: Sequence[np.ndarray]) -> tuple[float, float, float]:

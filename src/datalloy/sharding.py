@@ -15,11 +15,9 @@ Source: torch.distributed.fsdp.fully_shard, which this hands the work to. Price:
 before and after, and on the first one in main memory whenever it is saved in between.
 """
 
-import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -67,17 +65,6 @@ def is_asked_for() -> bool:
 
 def _is_true(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
-
-
-@contextlib.contextmanager
-def unseen_by_trainer() -> Iterator[None]:
-    """Trainer is given parameters that are cut already, and takes no optimiser where it sees that FSDP is asked for."""
-    seen = os.environ.pop(USE_FSDP, None)
-    try:
-        yield
-    finally:
-        if seen is not None:
-            os.environ[USE_FSDP] = seen
 
 
 class Shards:

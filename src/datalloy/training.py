@@ -50,16 +50,8 @@ from datalloy.config import Train
 from datalloy.durable import complete_path, require_space
 from datalloy.errors import DataError, EnvironmentFault, ModelError, RecipeError, RunError
 from datalloy.progress import track
-from datalloy.sharding import (
-    Shards,
-    check_launcher,
-    cut_like,
-    is_asked_for,
-    unseen_by_trainer,
-    whole_tensor,
-    zero_for_all,
-)
-from datalloy.vlm import VLM, Encoded
+from datalloy.sharding import USE_FSDP, Shards, check_launcher, cut_like, is_asked_for, whole_tensor, zero_for_all
+from datalloy.vlm import VLM, Encoded, hidden_variable
 
 log = logging.getLogger(__name__)
 
@@ -420,7 +412,8 @@ def _run_trainer(
     if settings.gradient_checkpointing:
         vlm.base_model.activation_checkpointing_enable({"use_reentrant": False})
     module = _StepLoss(vlm, settings, crew)
-    with tempfile.TemporaryDirectory() as nowhere, unseen_by_trainer(), _old_objects_uncollected():
+    # Trainer is given parameters that are cut already, and takes no optimiser where it sees that FSDP is asked for
+    with tempfile.TemporaryDirectory() as nowhere, hidden_variable(USE_FSDP), _old_objects_uncollected():
         trainer = transformers.Trainer(
             model=module,
             args=_training_arguments(vlm, settings, len(parts) // crew.count, crew, out or Path(nowhere)),

@@ -238,7 +238,8 @@ class VLM:
         Code that comes with a checkpoint is never run and weights are read from safetensors only. Raises ModelError.
         """
         folder = _settings_folder(path)
-        with _reading(path), _in_every_process():
+        # under `accelerate launch --use_fsdp` transformers would read weights in the first process alone, by default
+        with _reading(path), hidden_variable("FSDP_CPU_RAM_EFFICIENT_LOADING"):
             if (folder / "adapter_config.json").exists():
                 return _load_adapter(path, folder, device=device, dtype=dtype)
             return _load_model(path, folder, device=device, dtype=dtype)
@@ -958,15 +959,14 @@ def _reading(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_every_process() -> Iterator[None]:
-    """Under `accelerate launch --use_fsdp` transformers would read weights in the first process alone, by default."""
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    asked = os.environ.pop(name, None)
+def hidden_variable(name: str) -> Iterator[None]:
+    """An environment variable that a launcher has set for libraries is not seen by them in between."""
+    value = os.environ.pop(name, None)
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ[name] = asked
+        if value is not None:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
