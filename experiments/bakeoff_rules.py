@@ -1,0 +1,93 @@
+"""By which rule should the bake-off decide? Every arm of drawn pools trained briefly and long, from several seeds.
+
+    python experiments/bakeoff_rules.py --worlds "wrong 30 %" --seeds 0 1 2 --runs runs/selection
+
+One row an arm and seed of training: the value of every target item (half mark, half probability of the right answer)
+after the short and the long training, which items score samples and which judge, and how many of the 300 held-out
+questions the long one answers rightly. Rules are then compared on the rows alone (`scripts/evidence.py`): what each
+would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
+selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arguments import parser_of
+from bases import BASES
+from provenance import provenance
+from selection import STEPS, WORLDS, Job, World, open_world, slug
+
+from datalloy.evaluation import JudgedItems
+from datalloy.run import write_json
+from datalloy.training import train
+
+SHORT = 12  # steps of a first round of eight arms
+ARMS = (
+    Job("full"),
+    Job("random", 0.5),
+    *(Job("low_loss", fraction) for fraction in (0.2, 0.5, 0.65, 0.8)),
+    *(Job("calibrated", fraction) for fraction in (0.5, 0.8)),
+    *(Job("less", fraction) for fraction in (0.2, 0.5)),
+)
+
+
+def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
+    """Values of all target items [V] after both trainings, and the held-out questions after the long one."""
+    found: dict[str, Any] = {}
+    for length, steps in (("short", SHORT), ("long", STEPS)):
+        vlm = world.workflow._base.copy()
+        train(
+            vlm, world.workflow._encoded_pool.pick(kept), world.workflow._train_settings(seed=seed), None, steps=steps
+        )
+        found[length] = np.round(items.values(vlm), 4).tolist()
+    return {**found, **world.held_out.measure(vlm)}
+
+
+def run_world(name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+    with open_world(name, base, seed, folder) as world:
+        work = world.workflow
+        judges = {sample.id for samples in work._target_items("judge").values() for sample in samples}
+        metrics = {target: settings.metric for target, settings in work.recipe.targets.items()}
+        items = JudgedItems.lay_out(work._base, work.targets, metrics, work.recipe.evaluate)
+        rows = []
+        for train_seed in train_seeds:
+            for job in ARMS:
+                unit = f"rules/{train_seed}-{job.name}"
+                kept = world.kept(job)
+                found = world.run.once(unit, lambda kept=kept, s=train_seed: measure(world, kept, s, items))  # type: ignore[misc]
+                rows.append({"scorer": job.scorer, "fraction": job.fraction, "train_seed": train_seed, **found})
+        return {
+            "world": name,
+            "base": base,
+            "seed": seed,
+            "target": items.target_V.tolist(),
+            "judges": [sample.id in judges for samples in work.targets.values() for sample in samples],
+            "base_values": np.round(items.values(work._base), 4).tolist(),
+            "rows": rows,
+            **provenance(),
+        }
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "bakeoff_rules")
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
+    parser.add_argument("--train-seeds", type=int, nargs="+", default=[100, 101])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in args.seeds:
+        for name in args.worlds:
+            place = f"{slug(name)}-{args.base}-{seed}"
+            found = run_world(name, args.base, seed, args.train_seeds, args.runs / place)
+            write_json(args.out / f"{place}.json", found)
+            accuracy = {
+                f"{r['scorer']} {r['fraction']} {r['train_seed']}": round(r["accuracy"], 3) for r in found["rows"]
+            }
+            print(place, accuracy, flush=True)
+
+
+if __name__ == "__main__":
+    main()
