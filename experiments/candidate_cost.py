@@ -13,8 +13,6 @@ Bars: a LoRA candidate costs at most 1.25 times a plain model, a full one 1.05 t
 
 import argparse
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from provenance import provenance
 
 from datalloy.config import DataSource, Evaluate, Train
 from datalloy.evaluation import MetricItems, evaluate
@@ -145,11 +144,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     about = {
-        "commit": commit,
-        "machine": platform.platform(),
-        "torch": torch.__version__,
+        **provenance(),
         "seed": options.seed,
         "turns": options.turns,
     }

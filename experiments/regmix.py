@@ -20,7 +20,6 @@ import csv
 import importlib.metadata
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+from provenance import provenance
 
 from datalloy.run import write_atomically
 from datalloy.surrogates import SURROGATES, Surrogate
@@ -165,12 +165,9 @@ def main() -> None:
         "seeds": list(range(args.subsamples)),
         "held_out_runs": len(test.value_NG),
         "seconds": time.perf_counter() - start,
-        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
+        **provenance(),
         "versions": {"python": platform.python_version()}
         | {library: importlib.metadata.version(library) for library in LIBRARIES},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-        ).stdout.strip(),
         "rows": {key: [_short(row[key]) for row in rows] for key in rows[0]},
     }
     write_atomically(args.out, (json.dumps(report) + "\n").encode())

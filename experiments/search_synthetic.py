@@ -8,15 +8,13 @@ nearly agree, at 1 the loss knows nothing of the metric.
 """
 
 import argparse
-import os
-import platform
-import subprocess
 import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import provenance
 from scipy.special import expit, ndtr
 
 from datalloy.objective import Objective
@@ -173,9 +171,7 @@ def main() -> None:
                 f"{' | '.join(f'{other:.2f}' for other in others)} | {np.mean(spent):.1f} ({max(spent):.1f})",
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores"
-    write_json(args.out, {"rows": rows, "commit": commit, "machine": machine, "numpy": np.__version__})
+    write_json(args.out, {"rows": rows, **provenance(), "numpy": np.__version__})
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ picture, garbled) has a lower utility than every clean one, 0.5 that utility tel
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import provenance
 from sklearn.metrics import roc_auc_score
 
 from datalloy.config import load_recipe
@@ -91,9 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     rows = [row for seed in args.seeds for row in run_seed(seed)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} cores"
-    write_json(args.out, {"rows": rows, "commit": commit, "machine": machine, "seconds": time.monotonic() - started})
+    write_json(args.out, {"rows": rows, "seconds": time.monotonic() - started, **provenance()})
 
 
 if __name__ == "__main__":

@@ -252,6 +252,24 @@ def test_a_target_with_too_few_items_is_refused(tmp_path):
         Workflow(run).check()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "scoring", "judging"),
+    [
+        ((), 6, 6),  # 8 are asked for: half of twelve at most where a bake-off follows
+        (("score.target_items=3",), 3, 9),
+        (("score.method=exact", "select.keep_fraction=0.5"), 8, 4),
+    ],
+)
+def test_the_bakeoff_is_judged_by_all_target_items_that_do_not_score(
+    recipe_path, tmp_path, overrides, scoring, judging
+):
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        work = Workflow(run)
+        scored, judged = ({s.id for s in work._target_items(part)["chart"]} for part in ("score", "judge"))
+    assert (len(scored), len(judged)) == (scoring, judging)
+    assert not scored & judged
+
+
 def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):
     """score.batch_size is left out of the fingerprint, so it may not change a result beyond rounding."""
     tables = []

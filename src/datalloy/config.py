@@ -159,7 +159,11 @@ class Score(Section):
     warmup_fraction: Share = Field(
         0.05, description="Share of the pool the proxy is tuned on before it scores (OST: 5 % is the best setting)."
     )
-    target_items: Count = Field(100, description="At most so many items of each target enter the utility.")
+    target_items: Count = Field(
+        100,
+        description="At most so many items of each target enter the utility; where a bake-off follows at most half of "
+        "them, and the others judge it.",
+    )
     probes: Count = Field(
         96, description="Samples scored exactly, to choose the step and to fit and check cheap scores."
     )
@@ -489,6 +493,11 @@ class Recipe(Section):
     def proxy_model(self) -> str:
         """The model that scores, `base` where the recipe names no other."""
         return self.proxy or self.base
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether a bake-off decides by which score, or how much, to select."""
+        return "auto" in (self.score.method, self.select.keep_fraction)
 
     def dump(self) -> dict[str, Any]:
         """The whole recipe, defaults included, as plain data that `load_recipe` reads back to an equal object."""

@@ -87,7 +87,7 @@ def _stages(
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
-    if "auto" in (recipe.score.method, recipe.select.keep_fraction):
+    if recipe.is_raced:
         yield StageCost(
             "bake-off",
             recipe.select.bakeoff_epochs * pool * step,

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 LENGTHS = "lengths.parquet"
 SHARD = 128  # samples in one unit of scoring: what a kill can cost at most
 MIN_TARGET_ITEMS = 8
+JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
 
 
 class Workflow:
@@ -323,17 +324,19 @@ class Workflow:
         return EncodedSamples(self._proxy_base, self.pool, max_tokens=self.recipe.train.max_tokens)
 
     def _target_items(self, part: str) -> dict[str, list[Sample]]:
-        """The items of each target that score samples, or those that judge the bake-off.
+        """The items of each target that score samples, or those that judge the bake-off: never the same ones.
 
-        Judged on other items than scored with where there are enough: at most `score.target_items` each. The order
-        is that of content hashes, so that it does not depend on the file's.
+        At most `score.target_items` of a target score, and where a bake-off follows at most half of them; up to
+        JUDGING_ITEMS of the others judge. The order is that of content hashes, so that it does not depend on the
+        file's.
         """
-        limit = self.recipe.score.target_items
         chosen = {}
         for name, samples in self.targets.items():
             ordered = sorted(samples, key=lambda s: s.content_hash)
-            rest = ordered[limit:]
-            chosen[name] = rest[:limit] if part == "judge" and len(rest) >= limit // 2 else ordered[:limit]
+            scoring = self.recipe.score.target_items
+            if self.recipe.is_raced:
+                scoring = min(scoring, len(ordered) // 2)
+            chosen[name] = ordered[:scoring] if part == "score" else ordered[scoring:][:JUDGING_ITEMS]
         return chosen
 
     def _encode(self, vlm: VLM, groups: Mapping[str, Sequence[Sample]]) -> dict[str, EncodedSamples]:
