@@ -9,10 +9,10 @@ equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for 
 held-out questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `auto` is the bake-off of the default recipe with fractions 20, 50 and 80 %; its row says
-what it chose and what everything cost. Resumable: what has a record in --runs is not computed again, and rows are
-gathered from the records. About 8 seconds of one core a row, 2 minutes of scoring a world. `scripts/evidence.py` makes
-the tables of docs/evidence.md from the rows.
+a random one of the rest. `auto` is the bake-off of the default recipe; its row says what it chose and what everything
+cost. Resumable: what has a record in --runs is not computed again, and rows are gathered from the records. About 8
+seconds of one core a row, 2 minutes of scoring a world. `scripts/evidence.py` makes the tables of docs/evidence.md from
+the rows.
 """
 
 import json
@@ -75,7 +75,7 @@ MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
 RATING_ACCURACY = 0.8
-AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 12.5
+AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "less", "low_loss"), (0.2, 0.5, 0.8), 15.7
 RECIPE = """\
 name: selection
 base: {base}
@@ -113,7 +113,7 @@ class Job:
 
 def jobs(phase: str) -> Iterator[Job]:
     if phase == "main":
-        yield from (Job("base"), Job("full"), Job("oracle"))
+        yield from (Job("base"), Job("full"), Job("oracle"), Job("low_loss", 0.65))
         for fraction in (0.5, 0.2):
             yield from (Job(scorer, fraction) for scorer in MAIN)
             yield from (Job("random", fraction, draw) for draw in range(3))

@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "separation": evidence_selection.separation,
     "costs": evidence_selection.costs,
     "settings": lambda world: evidence_selection.settings(world.replace("_", " ")),
+    "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,
     "summary": evidence_selection.summary,
     "agreement": evidence_mixtures.agreement,

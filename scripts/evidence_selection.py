@@ -295,6 +295,31 @@ def settings(world: str) -> str:
     return table(head, rows)
 
 
+def transfer() -> str:
+    """Scores of a small proxy against those of the larger model that is trained."""
+    paths = sorted((RESULTS / "transfer").glob("*.json"))
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    rows = []
+    for world, size in dict.fromkeys((row["world"], row["size"]) for row in found):
+        same = [row for row in found if (row["world"], row["size"]) == (world, size)]
+        pools = len({row["seed"] for row in same})
+
+        def of(scorer: str, proxy: str, same: list[Row] = same) -> list[Row]:
+            return [row for row in same if (row["scorer"], row["proxy"]) == (scorer, proxy)]
+
+        for scorer in dict.fromkeys(row["scorer"] for row in same):
+            cells = [f"{world}, {size} times ({pools})", NAMES[scorer] + ("" if scorer in WHOLE else " 50%")]
+            if by_itself := of(scorer, "none"):
+                rows.append([*cells, "", mean_of(by_pool(by_itself)), "", ""])
+                continue
+            own, small = of(scorer, "own"), of(scorer, "small")
+            cells.append(f"{np.mean([row['spearman with own'] for row in small]):.2f}")
+            cells += [mean_of(by_pool(own)), mean_of(by_pool(small)), difference(by_pool(small), by_pool(own))]
+            rows.append(cells)
+    head = ["target model", "trained on", "Spearman", "by its own scores", "by the small proxy's", "difference"]
+    return table(head, rows)
+
+
 def other_losses() -> str:
     """AUC of losses under tuned proxies, mean over pools."""
     path = RESULTS / "other_losses.json"

@@ -10,9 +10,9 @@ confident wrong answer decide it; by the probability of the right answer alone, 
 model sure (docs/decisions.md).
 
 Two rounds: all arms run briefly; the finalists run again, from the start, three times as long. Finalists are the
-best two, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a small
-clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm late.
-So no arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full
+best three, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a
+small clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm
+late. So no arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full
 length. A third, still shorter round before these told nothing: after four steps all arms are alike.
 
 Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps.
@@ -29,7 +29,8 @@ from datalloy.uncertainty import Interval, paired_interval
 
 log = logging.getLogger(__name__)
 
-FINALISTS = 4  # arms at most: the best two, the full pool, the next larger selection by the best score
+BEST = 3  # arms of the first round go on to the second
+FINALISTS = BEST + 2  # at most: the full pool and the next larger selection by the best score with them
 LONGER = 3  # times the steps of the first round
 NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
 MIN_STEPS = 4  # of the first round; fewer tell nothing
@@ -148,7 +149,7 @@ def _finalists(ranked: Sequence[Arm]) -> list[Arm]:
         best = scored[0]
         alike = [a for a in scored if (a.scorer, a.within) == (best.scorer, best.within) and a.fraction > best.fraction]
         larger = sorted(alike, key=lambda arm: arm.fraction)[:1]
-    return list(dict.fromkeys([*ranked[:2], *full, *larger]))
+    return list(dict.fromkeys([*ranked[:BEST], *full, *larger]))
 
 
 def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:

@@ -203,10 +203,10 @@ class Select(Section):
     drop_toxic: bool = Field(True, description="Drop samples whose utility is below zero beyond its interval.")
     toxic_confidence: Confidence = Field(0.95, description="One-sided confidence of 'below zero'.")
     bakeoff_epochs: Positive = Field(
-        4.0, description="The bake-off trains for at most so many epochs of the pool in all."
+        5.0, description="The bake-off trains for at most so many epochs of the pool in all."
     )
     bakeoff_arms: Annotated[tuple[ScorerName, ...], Listed, Field(min_length=1)] = Field(
-        ("calibrated", "low_loss"),
+        ("calibrated", "less", "low_loss"),
         description="Scorers that the bake-off tries, beside random and the full pool.",
     )
     bakeoff_fractions: Annotated[tuple[Fraction, ...], Listed, Field(min_length=1)] = (0.2, 0.5, 0.8)

@@ -39,7 +39,7 @@ select:
   keep_fraction: auto
   diversity: off   # facility_location | threshold: leave out near-copies
   drop_toxic: true
-  bakeoff_epochs: 4
+  bakeoff_epochs: 5
 
 # How models are trained. fixed_compute sees `samples` samples whatever was kept.
 train:
