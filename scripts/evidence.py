@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import evidence_bakeoff
 import evidence_mixtures
 import evidence_selection
 
@@ -26,6 +27,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "put_back": evidence_selection.put_back,
     "kept_faults": lambda base, fraction: evidence_selection.kept_faults(base, float(fraction)),
     "auto": evidence_selection.auto,
+    "rules": evidence_bakeoff.rules,
     "auto_gains": evidence_selection.auto_gains,
     "separation": evidence_selection.separation,
     "costs": evidence_selection.costs,

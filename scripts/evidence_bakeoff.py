@@ -1,0 +1,128 @@
+"""The rows of experiments/bakeoff_rules.py in, what rules of the bake-off would have chosen out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from datalloy import bakeoff
+from datalloy.bakeoff import FULL, Arm
+from evidence_tables import table
+
+RESULTS = Path("experiments/results")
+RANDOM = Arm("random", 0.5, "domain")
+
+
+def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
+    return tuple(Arm(scorer, fraction, "domain") for fraction in fractions)
+
+
+LOW, LESS, OST = arms("low_loss", 0.2, 0.5, 0.8), arms("less", 0.2, 0.5), arms("calibrated", 0.5, 0.8)
+MORE = arms("low_loss", 0.65)
+
+
+@dataclass(frozen=True)
+class Rule:
+    arms: tuple[Arm, ...]
+    best: int = bakeoff.BEST
+    nearly_tied: float = bakeoff.NEARLY_TIED
+
+
+RULES = {
+    "full SFT always": Rule((FULL,)),
+    "low loss 80 % always": Rule(LOW[2:]),
+    "low loss 65 % always": Rule(MORE),
+    "low loss alone raced": Rule((FULL, RANDOM, *LOW)),
+    "OST and low loss, best two go on": Rule((FULL, RANDOM, *LOW, *OST), best=2),
+    "OST and low loss": Rule((FULL, RANDOM, *LOW, *OST)),
+    "OST, LESS and low loss, best two go on": Rule((FULL, RANDOM, *LOW, *OST, *LESS), best=2),
+    "**OST, LESS and low loss**": Rule((FULL, RANDOM, *LOW, *OST, *LESS)),
+    "the same, 65 % of low loss too": Rule((FULL, RANDOM, *LOW, *OST, *LESS, *MORE)),
+    "the same, all arms go on": Rule((FULL, RANDOM, *LOW, *OST, *LESS), best=99),
+    "the same, near ties not kept": Rule((FULL, RANDOM, *LOW, *OST, *LESS), nearly_tied=0.0),
+    "the same, ties up to one standard error": Rule((FULL, RANDOM, *LOW, *OST, *LESS), nearly_tied=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What every arm gave after short and long trainings, by the seed of training."""
+
+    world: str
+    base_V: np.ndarray
+    weight_V: np.ndarray
+    value_V: Mapping[tuple[int, Arm, int], np.ndarray]  # by seed, arm and round
+    accuracy: Mapping[tuple[int, Arm], float]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "Pool":
+        found = json.loads(path.read_text())
+        judges = np.array(found["judges"])
+        target_V = np.array(found["target"])[judges]
+        counts = np.bincount(target_V)
+        values: dict[tuple[int, Arm, int], np.ndarray] = {}
+        accuracy = {}
+        for row in found["rows"]:
+            arm = FULL if row["scorer"] == "full" else Arm(row["scorer"], row["fraction"], "domain")
+            for number, length in ((1, "short"), (2, "long")):
+                values[row["train_seed"], arm, number] = np.array(row[length])[judges]
+            accuracy[row["train_seed"], arm] = row["accuracy"]
+        seeds = tuple(dict.fromkeys(row["train_seed"] for row in found["rows"]))
+        weight_V = 1 / counts[target_V] / len(counts)
+        return cls(found["world"], np.array(found["base_values"])[judges], weight_V, values, accuracy, seeds)
+
+    def chosen(self, rule: Rule, seed: int) -> Arm:
+        if len(rule.arms) == 1:
+            return rule.arms[0]
+        with patch.multiple(bakeoff, BEST=rule.best, FINALISTS=rule.best + 2, NEARLY_TIED=rule.nearly_tied):
+            outcome = bakeoff.race(
+                rule.arms,
+                lambda arm, _, number: self.value_V[seed, arm, number],
+                base_V=self.base_V,
+                weight_V=self.weight_V,
+                budget_steps=10**6,
+                longest_steps=36,
+                seed=0,
+            )
+        return outcome.winner
+
+    def elsewhere(self, arm: Arm, seed: int) -> float:
+        """Held-out accuracy of the arm, mean over the trainings from other seeds than the one that chose."""
+        return float(np.mean([self.accuracy[other, arm] for other in self.seeds if other != seed]))
+
+
+def rules() -> str:
+    """Gain over full SFT of what each rule chooses, mean over pools and seeds, and the worst of them."""
+    pools = [Pool.read(path) for path in sorted((RESULTS / "bakeoff_rules").glob("*.json"))]
+    worlds = list(dict.fromkeys(pool.world for pool in pools))
+    rows = []
+    for name, rule in RULES.items():
+        gains: dict[str, list[float]] = {world: [] for world in worlds}
+        for pool in pools:
+            for seed in pool.seeds:
+                chosen = pool.chosen(rule, seed)
+                gains[pool.world].append(pool.elsewhere(chosen, seed) - pool.elsewhere(FULL, seed))
+        means = [np.mean(found) for found in gains.values()]
+        worst = min(min(found) for found in gains.values())
+        rows.append([name, f"{np.mean(means):+.3f}", f"{worst:+.3f}", *(f"{mean:+.3f}" for mean in means)])
+    best = best_arms(pools, worlds)
+    rows.append(["the best arm, known afterwards", f"{np.mean(best):+.3f}", "", *(f"{mean:+.3f}" for mean in best)])
+    counts = [sum(pool.world == world for pool in pools) for world in worlds]
+    head = [f"{world} ({count})" for world, count in zip(worlds, counts, strict=True)]
+    return table(["rule", "mean over worlds", "worst pool", *head], rows)
+
+
+def best_arms(pools: list[Pool], worlds: list[str]) -> list[float]:
+    """Gain of the arm that is best over all trainings of a pool, by world: more than any rule can reach."""
+    found: dict[str, list[float]] = {world: [] for world in worlds}
+    for pool in pools:
+        means: dict[Any, float] = {
+            arm: float(np.mean([pool.accuracy[seed, arm] for seed in pool.seeds])) for _, arm in pool.accuracy
+        }
+        found[pool.world].append(max(means.values()) - means[FULL])
+    return [float(np.mean(gains)) for gains in found.values()]
