@@ -75,7 +75,7 @@ MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
 RATING_ACCURACY = 0.8
-AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "less", "low_loss"), (0.2, 0.5, 0.8), 15.7
+AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 13.8
 RECIPE = """\
 name: selection
 base: {base}

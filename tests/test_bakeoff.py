@@ -42,9 +42,22 @@ def run(track, arms=ARMS, budget_steps=400, longest_steps=1000, weight_V=UNIFORM
     )
 
 
-@pytest.mark.parametrize("best", ARMS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("best", [arm for arm in ARMS if arm != RANDOM], ids=lambda arm: arm.name)
 def test_the_best_arm_wins_whichever_it_is(best):
     assert run(Track({best: 0.02})).winner == best
+
+
+def test_everything_is_kept_where_random_samples_lead():
+    """No score has shown that it helps then, and a random half is no advice."""
+    outcome = run(Track({RANDOM: 0.02, TAIL: 0.01}))
+    assert outcome.winner == FULL
+    assert min(margin.mean for margin in outcome.margins) < 0
+
+
+def test_a_near_tie_does_not_go_to_random_samples():
+    small = Arm("tail", 0.2, "domain")
+    gains = {small: 0.02, RANDOM: 0.0199, FULL: -0.1}
+    assert run(Track(gains, noise=0.3), [FULL, RANDOM, small]).winner == small
 
 
 def test_keeping_everything_wins_when_selection_harms():

@@ -3,7 +3,7 @@
 No score is right everywhere: finite-step utility throws out harm but also hard samples that the target needs, low
 loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction) is trained for a few steps at equal
 compute and judged on the target items. Random and the full pool are always among the arms, and "keep everything" is a
-possible answer. The base is measured beside them: where every arm falls below it, the pool does harm, and that is said.
+possible answer: also where random leads, for then no score has shown that it helps. The base is measured beside them: where every arm falls below it, the pool does harm, and that is said.
 
 What the values are is the caller's: judged by the mean loss alone the race went wrong, because a few items with a
 confident wrong answer decide it; by the probability of the right answer alone, because easy samples seen often make a
@@ -153,13 +153,15 @@ def _finalists(ranked: Sequence[Arm]) -> list[Arm]:
 
 
 def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:
-    """The arm that keeps most of those nearly tied with the best."""
+    """The arm that keeps most of those nearly tied with the best; the full pool where that is random."""
     best, *others = _ranked(values, weight_V)
+    if best.scorer == "random" and FULL in values:
+        return FULL
     winner = best
     for arm in others:
         difference_V = (values[best] - values[arm]) * weight_V * len(weight_V)
         error = difference_V.std(ddof=1) / np.sqrt(len(difference_V))
-        if arm.fraction > winner.fraction and difference_V.mean() <= NEARLY_TIED * error:
+        if arm.scorer != "random" and arm.fraction > winner.fraction and difference_V.mean() <= NEARLY_TIED * error:
             winner = arm
     return winner
 
