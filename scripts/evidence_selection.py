@@ -111,7 +111,7 @@ def fractions(base: str) -> str:
     """Accuracy by share kept: how the best share moves with the noise."""
     rows = []
     for scorer in ("exact", "calibrated", "low_loss", "random"):
-        for fraction in (0.1, 0.2, 0.5, 0.8):
+        for fraction in (0.1, 0.2, 0.5, 0.65, 0.8):
             found = [runs(base, world, scorer, fraction) for world in worlds(base)]
             if any(found):
                 rows.append([f"{NAMES[scorer]} {fraction:.0%}", *map(mean_of, found)])
@@ -216,7 +216,7 @@ def _accuracy(row: Row) -> float:
 
 def auto_gains(base: str) -> str:
     """The bake-off against what a user would do without it, paired over pools and questions."""
-    others = (("base", None), ("full", None), ("random", 0.5), ("low_loss", 0.5), ("low_loss", 0.2), ("exact", 0.5))
+    others = (("base", None), ("full", None), ("random", 0.5), ("low_loss", 0.8), ("low_loss", 0.5), ("exact", 0.5))
     rows = []
     for scorer, fraction in others:
         cells = [difference(runs(base, w, "auto"), runs(base, w, scorer, fraction)) for w in worlds(base)]
@@ -321,19 +321,26 @@ def transfer() -> str:
 
 
 def other_losses() -> str:
-    """AUC of losses under tuned proxies, mean over pools."""
-    path = RESULTS / "other_losses.json"
-    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    """AUC of losses under tuned proxies, and accuracy of models trained where they are lowest, mean over pools."""
+    paths = sorted((RESULTS / "other_losses").glob("*.json"))
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
     names = list(dict.fromkeys(row["world"] for row in found))
     rows = []
     for score, steps in dict.fromkeys((row["score"], row["steps"]) for row in found):
         cells = []
         for world in names:
             same = [r for r in found if (r["world"], r["score"], r["steps"]) == (world, score, steps)]
-            cells.append(f"{np.mean([r['auc'] for r in same]):.2f} ({np.mean([r['auc hard'] for r in same]):.2f})")
+            cells.append(f"{_mean(same, 'auc'):.2f} ({_mean(same, 'auc hard'):.2f})")
+            is_trained = "accuracy at 0.5" in same[0]
+            cells += [f"{_mean(same, f'accuracy at {share}'):.3f}" if is_trained else "" for share in (0.5, 0.8)]
         rows.append([score, str(steps), *cells])
     pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
-    return table(["score", "steps", *(f"{w} ({n})" for w, n in zip(names, pools, strict=True))], rows)
+    heads = ([f"{w} ({n}): AUC (hard)", "at 50 %", "at 80 %"] for w, n in zip(names, pools, strict=True))
+    return table(["score", "steps", *(cell for head in heads for cell in head)], rows)
+
+
+def _mean(rows: list[Row], column: str) -> float:
+    return float(np.mean([row[column] for row in rows]))
 
 
 def summary(bases: Sequence[str] = ("blurred", "shipped")) -> str:
