@@ -11,7 +11,6 @@ half and the four fifths of each domain where they are lowest. Four minutes of o
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np

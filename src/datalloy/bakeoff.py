@@ -3,7 +3,8 @@
 No score is right everywhere: finite-step utility throws out harm but also hard samples that the target needs, low
 loss keeps what is known already (DESIGN 2.3). So each arm (scorer x fraction) is trained for a few steps at equal
 compute and judged on the target items. Random and the full pool are always among the arms, and "keep everything" is a
-possible answer: also where random leads, for then no score has shown that it helps. The base is measured beside them: where every arm falls below it, the pool does harm, and that is said.
+possible answer: also where random leads, for then no score has shown that it helps. The base is measured beside them:
+where every arm falls below it, the pool does harm, and that is said.
 
 What the values are is the caller's: judged by the mean loss alone the race went wrong, because a few items with a
 confident wrong answer decide it; by the probability of the right answer alone, because easy samples seen often make a
