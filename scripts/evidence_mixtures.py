@@ -93,21 +93,23 @@ def ceiling() -> str:
     return table(head, rows)
 
 
-def curves(metric: str) -> str:
+def curves(metric: str, world: str) -> str:
     """Spearman with training over what is not yet trained / regret as a share of the spread, by real runs."""
-    path = RESULTS / "mixture_curves.json"
-    found = [r for r in json.loads(path.read_text())["rows"] if r["metric"] == metric] if path.exists() else []
-    rows = []
+    rows = json.loads((RESULTS / "mixture_curves.json").read_text())["rows"]
+    found = [row for row in rows if (row["metric"], row["world"]) == (metric, world)]
+    shown = []
     for predictor in dict.fromkeys(row["predictor"] for row in found):
-        cells = []
-        for size in SIZES:
-            same = [r for r in found if (r["predictor"], r["runs"]) == (predictor, size)]
-            ranks = [r["spearman"] for r in same if r["spearman"] is not None]
-            regrets = [r["regret"] / r["spread"] for r in same]
-            rank = f"{np.mean(ranks):.2f}" if ranks else "none"
-            cells.append(f"{rank} / {np.mean(regrets):.2f}" if same else "")
-        rows.append([predictor.replace("_", " "), *cells])
-    return table(["predictor", *(f"{size} runs" for size in SIZES)], rows)
+        same = [row for row in found if row["predictor"] == predictor]
+        cells = [_curve_cell([row for row in same if row["runs"] == size]) for size in SIZES]
+        cells.append(_curve_cell(same) if predictor == "one more training" else "")
+        shown.append([predictor.replace("_", " "), *cells])
+    return table(["predictor", *(f"{size} runs" for size in SIZES), "every mixture"], shown)
+
+
+def _curve_cell(rows: list[dict[str, Any]]) -> str:
+    ranks = [row["spearman"] for row in rows if row["spearman"] is not None]
+    rank = f"{np.mean(ranks):.2f}" if ranks else "none"
+    return f"{rank} / {np.mean([row['regret'] / row['spread'] for row in rows]):.2f}" if rows else ""
 
 
 def joint() -> str:
