@@ -35,7 +35,7 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
     items = [item for group in work._encode(work._base, work._target_items("score")).values() for item in group]
     base_N = answer_losses(work._base, pool, batch_size=32)
 
-    domain_N = work.pool.domains()
+    domain_N = np.array(work.pool.domains())
 
     def row(score: str, steps: int, score_N: np.ndarray) -> dict[str, Any]:
         found = {"auc": auc(score_N, world.is_clean_N), "auc hard": auc(score_N, world.is_clean_N, world.hard_N)}
