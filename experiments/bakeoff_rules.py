@@ -10,15 +10,14 @@ selection.py where `--runs` holds them. Resumable. Two minutes of one core a poo
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from arguments import parser_of
-from bases import BASES
 from provenance import provenance
-from selection import STEPS, WORLDS, Job, World, open_world, slug
+from selection import STEPS, Job, World, asked_pools, open_world, worlds_parser
 
 from datalloy.evaluation import JudgedItems
 from datalloy.run import write_json
@@ -36,12 +35,11 @@ ARMS = (
 
 def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
     """Values of all target items [V] after both trainings, and the held-out questions after the long one."""
+    work = world.workflow
     found: dict[str, Any] = {}
     for length, steps in (("short", SHORT), ("long", STEPS)):
-        vlm = world.workflow._base.copy()
-        train(
-            vlm, world.workflow._encoded_pool.pick(kept), world.workflow._train_settings(seed=seed), None, steps=steps
-        )
+        vlm = work._base.copy()
+        train(vlm, work._encoded_pool.pick(kept), work._train_settings(seed=seed), None, steps=steps)
         found[length] = np.round(items.values(vlm), 4).tolist()
     return {**found, **world.held_out.measure(vlm)}
 
@@ -55,9 +53,8 @@ def run_world(name: str, base: str, seed: int, train_seeds: Sequence[int], folde
         rows = []
         for train_seed in train_seeds:
             for job in ARMS:
-                unit = f"rules/{train_seed}-{job.name}"
-                kept = world.kept(job)
-                found = world.run.once(unit, lambda kept=kept, s=train_seed: measure(world, kept, s, items))  # type: ignore[misc]
+                train_and_judge = partial(measure, world, world.kept(job), train_seed, items)
+                found = world.run.once(f"rules/{train_seed}-{job.name}", train_and_judge)
                 rows.append({"scorer": job.scorer, "fraction": job.fraction, "train_seed": train_seed, **found})
         return {
             "world": name,
@@ -72,21 +69,15 @@ def run_world(name: str, base: str, seed: int, train_seeds: Sequence[int], folde
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "bakeoff_rules")
-    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
-    parser.add_argument("--base", choices=BASES, default=BASES[0])
+    parser = worlds_parser(__doc__, "bakeoff_rules")
     parser.add_argument("--train-seeds", type=int, nargs="+", default=[100, 101])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for seed in args.seeds:
-        for name in args.worlds:
-            place = f"{slug(name)}-{args.base}-{seed}"
-            found = run_world(name, args.base, seed, args.train_seeds, args.runs / place)
-            write_json(args.out / f"{place}.json", found)
-            accuracy = {
-                f"{r['scorer']} {r['fraction']} {r['train_seed']}": round(r["accuracy"], 3) for r in found["rows"]
-            }
-            print(place, accuracy, flush=True)
+    for name, seed, place in asked_pools(args):
+        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place)
+        write_json(args.out / f"{place}.json", found)
+        rows = found["rows"]
+        print(place, [(r["scorer"], r["fraction"], round(r["accuracy"], 3)) for r in rows], flush=True)
 
 
 if __name__ == "__main__":

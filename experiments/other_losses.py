@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from arguments import parser_of
-from bases import BASES
 from provenance import provenance
-from selection import STEPS, WORLDS, World, auc, open_world, slug
+from selection import STEPS, World, asked_pools, auc, open_world, worlds_parser
 
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
+from datalloy.selection import kept_count
 from datalloy.training import train
 
 TARGET_STEPS = (12, 24, 48)
@@ -65,23 +64,18 @@ def best(score_N: np.ndarray, domain_N: np.ndarray, fraction: float) -> list[int
     for name in np.unique(domain_N):
         rows = np.flatnonzero(domain_N == name)
         order = np.argsort(-score_N[rows], kind="stable")
-        kept += rows[order[: round(fraction * len(rows))]].tolist()
+        kept += rows[order[: kept_count(fraction, len(rows))]].tolist()
     return sorted(kept)
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "other_losses")
-    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["wrong 30 %", "hard matters"])
-    parser.add_argument("--base", choices=BASES, default=BASES[0])
-    args = parser.parse_args()
+    args = worlds_parser(__doc__, "other_losses", ("wrong 30 %", "hard matters")).parse_args()
     torch.set_num_threads(1)
-    for seed in args.seeds:
-        for name in args.worlds:
-            place = f"{slug(name)}-{args.base}-{seed}"
-            with open_world(name, args.base, seed, args.runs / place) as world:
-                rows = [{"base": args.base, **row} for row in measure(world)]
-            write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
-            print(json.dumps(rows), flush=True)
+    for name, seed, place in asked_pools(args):
+        with open_world(name, args.base, seed, args.runs / place) as world:
+            rows = [{"base": args.base, **row} for row in measure(world)]
+        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
+        print(json.dumps(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ seconds of one core a row, 2 minutes of scoring a world. `scripts/evidence.py` m
 the rows.
 """
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -284,19 +285,30 @@ def run_world(name: str, base: str, seed: int, phases: list[str], folder: Path) 
         return [*rows, {**world.auto(), "agreements": world.agreements(), "score_seconds": world.score_seconds()}]
 
 
-def main() -> None:
-    parser = parser_of(__doc__, "selection")
-    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
+def worlds_parser(description: str, name: str, worlds: Sequence[str] = tuple(WORLDS)) -> argparse.ArgumentParser:
+    """The options of an experiment over pools of these worlds, all of one base."""
+    parser = parser_of(description, name)
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(worlds))
     parser.add_argument("--base", choices=BASES, default=BASES[0])
+    return parser
+
+
+def asked_pools(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """World, seed and the name of the folder of every pool that is asked for."""
+    for seed in args.seeds:
+        for world in args.worlds:
+            yield world, seed, f"{slug(world)}-{args.base}-{seed}"
+
+
+def main() -> None:
+    parser = worlds_parser(__doc__, "selection")
     parser.add_argument("--phases", nargs="+", choices=["main", "more"], default=["main"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for seed in args.seeds:
-        for name in args.worlds:
-            place = f"{slug(name)}-{args.base}-{seed}"
-            rows = run_world(name, args.base, seed, args.phases, args.runs / place)
-            write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
-            print(json.dumps({r["scorer"] + f" {r['fraction']}": round(r["accuracy"], 3) for r in rows}), flush=True)
+    for name, seed, place in asked_pools(args):
+        rows = run_world(name, args.base, seed, args.phases, args.runs / place)
+        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
+        print(json.dumps({r["scorer"] + f" {r['fraction']}": round(r["accuracy"], 3) for r in rows}), flush=True)
 
 
 if __name__ == "__main__":
