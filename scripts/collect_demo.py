@@ -21,7 +21,13 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    runs = [json.loads((folder / "demo.json").read_text()) for folder in args.folders]
+    runs = [
+        {
+            **json.loads((folder / "demo.json").read_text()),
+            "race": json.loads((folder / "run/bakeoff.json").read_text()),
+        }
+        for folder in args.folders
+    ]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     write_json(args.out, {"runs": runs, "commit": commit, "machine": f"{platform.platform()}, {os.cpu_count()} cores"})
     print(f"| trained on | accuracy, mean of {len(runs)} pools | by pool | gain over full SFT, by pool (95 %) |")

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "kept_faults": lambda base, fraction: evidence_selection.kept_faults(base, float(fraction)),
     "auto": evidence_selection.auto,
     "rules": evidence_bakeoff.rules,
+    "noise": evidence_bakeoff.noise,
     "auto_gains": evidence_selection.auto_gains,
     "separation": evidence_selection.separation,
     "costs": evidence_selection.costs,

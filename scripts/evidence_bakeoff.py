@@ -123,6 +123,25 @@ def rules() -> str:
     return table(["rule", "mean over worlds", f"more than {LOST} lost", *head], rows)
 
 
+def noise() -> str:
+    """How far two arms can be told apart: by so many judging items, and by one training each."""
+    pools = [Pool.read(path) for path in sorted((RESULTS / "bakeoff_rules").glob("*.json"))]
+    errors, trainings = [], []
+    for pool in pools:
+        for seed, arm in pool.accuracy:
+            if arm != FULL:
+                difference_V = pool.value_V[seed, arm, 2] - pool.value_V[seed, FULL, 2]
+                errors.append(difference_V.std(ddof=1))
+        for arm in dict.fromkeys(arm for _, arm in pool.accuracy):
+            trainings.append(np.std([pool.accuracy[seed, arm] for seed in pool.seeds], ddof=1))
+    rows = [
+        [f"difference of an arm and the full pool by {items} items", f"{np.median(errors) / np.sqrt(items):.3f}"]
+        for items in (64, 128, 400)
+    ]
+    luck = np.sqrt(np.mean(np.square(trainings)))
+    return table(["of what", "standard error"], [*rows, ["held-out accuracy by the seed of training", f"{luck:.3f}"]])
+
+
 def best_arms(pools: list[Pool], worlds: list[str]) -> list[float]:
     """Gain of the arm that is best over all trainings of a pool, by world: more than any rule can reach."""
     found: dict[str, list[float]] = {world: [] for world in worlds}
