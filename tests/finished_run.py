@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from datalloy.bakeoff import make_arms, race
-from datalloy.calibration import TrainedMixtures, calibrate, interaction_scale, judge
+from datalloy.calibration import TrainedMixtures, calibrate, interaction_scale
 from datalloy.config import Select, load_recipe
 from datalloy.mergeability import Expert, diagnose
 from datalloy.mixture import Evaluated, Mixture, Spent, write_candidates
@@ -24,6 +24,7 @@ from datalloy.selection import select
 from datalloy.simplex import Simplex
 from datalloy.surface import describe_surface
 from datalloy.uncertainty import Interval
+from datalloy.verdict import Confirmation, judge
 
 HOSTILE = "</script></td><img src=x onerror=alert(1)>\u202egnp.exe\x1b[31m' \" & {{7*7}}{0}%s"
 TARGETS, ITEMS, PROBES = ("goal", "aim"), 12, 8
@@ -196,6 +197,7 @@ def _write_mixture(run: Run, domains: Sequence[str]) -> dict:
     calibration = calibrate(_surface, trained, interaction_scale(trained.merged_NG))
     objective = Objective("mean", np.array([0.5, 0.5]), np.zeros(2), np.full(2, np.inf))
     simplex = Simplex.free(tuple(domains))
+    again_RV = random.normal(0, 0.01, (2, 2 * ITEMS))
     verdict = judge(
         trained,
         calibration,
@@ -205,6 +207,7 @@ def _write_mixture(run: Run, domains: Sequence[str]) -> dict:
         size_K=uniform_K,
         confidence=0.95,
         seed=0,
+        confirmation=Confirmation(noise_V + 0.05 + again_RV, noise_V + again_RV[::-1], target_V),
     )
     named = dict(zip(domains, pick_K.tolist(), strict=True))
     advice = Mixture.judged(
@@ -214,6 +217,7 @@ def _write_mixture(run: Run, domains: Sequence[str]) -> dict:
         searched=named,
         objective="mean",
         metric="probability",
+        judged_by="marks and probability",
         spent=Spent(3, 2, 2),
     )
     advice.write(run.path("mixture/mixture.json"))

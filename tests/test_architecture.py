@@ -17,7 +17,7 @@ LAYERS = (
     {"accounts", "attempts", "metrics", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
-    {"checkpoints", "engines", "posterior", "scores", "vlm"},
+    {"checkpoints", "engines", "posterior", "scores", "verdict", "vlm"},
     {"evaluators", "encoding", "mixture", "search", "sharding", "surface", "target_items"},
     {"bakeoff", "evaluation", "leakage", "merging", "readers", "scorers", "selection", "training"},
     {"told_recipe", "embeddings", "exporters", "mixing"},

@@ -85,8 +85,9 @@ def test_the_advice_is_a_mixture_with_its_evidence(finished):
     assert sum(advice.weights.values()) == pytest.approx(1)
     assert advice.weights.keys() == advice.searched.keys() == {"chart", "counting", "table"}
     assert all(low <= advice.searched[name] <= high for name, (low, high) in advice.interval.items())
-    assert advice.agreement.spearman.mixtures == 3 + advice.spent.runs
-    assert advice.spent.runs == 2
+    assert advice.agreement.spearman.mixtures == 3 + 2
+    assert advice.spent.runs == (4 if advice.expected_gain_vs_uniform.source == "confirmed" else 2)
+    assert (advice.metric, advice.judged_by) == ("probability", "marks and probability")
     assert advice.spent.slope_calls > 0
 
 
@@ -113,7 +114,8 @@ def test_experts_are_kept_at_the_checkpoints_asked_for(finished):
 def test_no_model_is_written_for_a_candidate(finished):
     folders = {path.parent.relative_to(finished).parts[:2] for path in finished.rglob("*.safetensors")}
     assert {parts[0] for parts in folders} == {"experts", "mixture", "model", "proxy"} - ({"proxy"} - _tops(finished))
-    assert {parts for parts in folders if parts[0] == "mixture"} - {("mixture", "merge")} == {("mixture", "runs")}
+    in_mixture = {parts[1] for parts in folders if parts[0] == "mixture"}
+    assert in_mixture - {"merge", "confirm"} == {"runs"}
 
 
 def _tops(folder):
@@ -214,10 +216,10 @@ def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
     stages = {line.split()[0]: line for line in estimate(load_recipe(recipe_path)) if " MB" in line}
     assert "3 experts" in stages["experts"]
     assert "nothing written" in stages["mix"]
-    assert "2 real runs" in stages["verify"]
+    assert "4 real runs" in stages["verify"]  # two, and two that confirm
     operations = {name: float(stages[name].split()[1]) for name in ("experts", "verify", "train")}
     assert operations["experts"] == pytest.approx(3 * operations["train"], rel=0.02)
-    assert operations["verify"] > 2 * operations["train"]
+    assert operations["verify"] > 4 * operations["train"]
 
 
 def test_mixing_without_a_mixture_section_says_how_to_switch_it_on(recipe_path, tmp_path):
@@ -246,6 +248,38 @@ def test_a_domain_without_a_sample_left_is_refused_by_name(recipe_path, tmp_path
         workflow._used_samples = lambda: [s for s in workflow.pool if s.domain != "table"]
         with pytest.raises(DataError, match="domain table has no sample left"):
             _ = workflow.mixing
+
+
+def test_half_of_each_target_is_kept_for_the_verdict_whatever_the_order(recipe_path, tmp_path):
+    with Run(load_recipe(recipe_path, ["mixture.data=whole"]), tmp_path / "run") as run:
+        workflow = Workflow(run)
+        targets, mixed = workflow.targets, workflow.mixing
+    turned, unseen = mixing._halves({name: items[::-1] for name, items in targets.items()}, seed=0)
+    for name, items in targets.items():
+        kept = [sample.id for sample in mixed.unseen[name]]
+        assert len(kept) == len(items) // 2
+        assert set(kept) == {sample.id for sample in unseen[name]}
+        assert {sample.id for sample in mixed.targets[name]} == {s.id for s in items} - set(kept)
+    assert [s.id for s in turned["chart"]] == [s.id for s in mixed.targets["chart"]]
+
+
+def test_without_real_runs_all_items_search(recipe_path, tmp_path):
+    whole = a_mixing(recipe_path, tmp_path / "run", "mixture.data=whole", "mixture.verify_runs=0")
+    assert len(whole.targets["chart"]) == 16
+
+
+def test_a_pick_that_is_not_uniform_is_confirmed_by_trainings_from_other_seeds(recipe_path, tmp_path, monkeypatch):
+    short = ("mixture.data=whole", "train.samples=16", "mixture.checkpoints=[]", "mixture.confirm_runs=2")
+    monkeypatch.setattr(mixing.Mixing, "_best", lambda self, calibration, weight_NK: weight_NK[0])
+    with Run(load_recipe(recipe_path, short), tmp_path / "run") as run:
+        work = Workflow(run).mixing
+        advice = work.verify()
+        assert advice.expected_gain_vs_uniform.source == "confirmed"
+        assert advice.spent.runs == 2 + 4
+        uniform = run.path(f"{work._real_run(work.simplex.uniform).name}/model.safetensors").read_bytes()
+        again = {path.read_bytes() for path in run.path("mixture/confirm").glob("*/model.safetensors")}
+    assert len(again) == 4
+    assert uniform not in again
 
 
 def test_experts_of_low_rank_are_merged_as_adapters(recipe_path, tmp_path):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from datalloy.calibration import Agreement, Gain, Regret, Verdict
 from datalloy.errors import DataError
 from datalloy.mixture import (
     DomainShare,
@@ -22,6 +21,7 @@ from datalloy.mixture import (
     write_candidates,
 )
 from datalloy.uncertainty import Interval, RankAgreement
+from datalloy.verdict import Agreement, Gain, Regret, Verdict
 
 WEIGHTS = {"chart": 0.5, "table": 0.3, "count": 0.2}
 VERDICT = Verdict(
@@ -50,6 +50,7 @@ def judged(weights=WEIGHTS, **changes):
         searched=weights,
         objective="mean",
         metric="loss",
+        judged_by="loss",
         spent=Spent(slope_calls=6, evaluations=14, runs=3),
     )
 
@@ -67,7 +68,12 @@ def test_the_file_says_what_the_design_promises(tmp_path):
     judged().write(tmp_path / "mixture.json")
     data = json.loads((tmp_path / "mixture.json").read_text())
     assert data["weights"] == WEIGHTS
-    assert data["expected_gain_vs_uniform"] == {"mean": 0.03, "interval": [0.01, 0.05], "source": "measured"}
+    assert data["expected_gain_vs_uniform"] == {
+        "mean": 0.03,
+        "interval": [0.01, 0.05],
+        "source": "measured",
+        "training_sd": None,
+    }
     assert data["trusted"] is True
     assert data["spent"] == {"slope_calls": 6, "evaluations": 14, "runs": 3}
     assert data["agreement"]["spearman_without_vertices"] == {"value": None, "interval": [-1, 1], "mixtures": 1}
@@ -76,7 +82,7 @@ def test_the_file_says_what_the_design_promises(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 9}, "schema version 9, this Datalloy reads version 1"),
+        ({"schema_version": 9}, "schema version 9, this Datalloy reads version 2"),
         ({"trusted": "yes"}, "no mixture of Datalloy: trusted"),
         ({"more": 1}, "no mixture of Datalloy: more"),
         ({"weights": {"chart": 0.4, "table": 0.3, "count": 0.2}}, "add up to one"),

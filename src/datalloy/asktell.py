@@ -29,12 +29,10 @@ import numpy as np
 import scipy.linalg
 
 from datalloy.calibration import (
-    Agreement,
     Surface,
     TrainedMixtures,
     calibrate,
     interaction_scale,
-    judge,
     plan_runs,
     recommend,
     weight_intervals,
@@ -51,6 +49,7 @@ from datalloy.slope_stage import Quadratics
 from datalloy.told import BASE, STEPS, Kind, Ledger, Proposal, Told, candidate_name, in_steps, read_told
 from datalloy.told_recipe import ToldRecipe, load_told
 from datalloy.uncertainty import Interval, mixture_agreement
+from datalloy.verdict import Agreement, judge
 
 LEAST = 2  # mixtures of a kind before anything is thought about the others
 NOISES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)  # tried for errors that were not told, in spreads of the values
@@ -516,6 +515,7 @@ class _Decision:
             searched=self._named(self.pick_K),
             objective=self.settings.objective,
             metric="told",
+            judged_by="told",
             spent=Spent(0, len(self.ledger.of_kind("merged")), len(self.ledger.of_kind("trained"))),
         )
         return Advice(

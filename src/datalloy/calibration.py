@@ -1,4 +1,4 @@
-"""A few really trained mixtures in; a corrected surface over all mixtures, and a verdict on the advice, out.
+"""A few really trained mixtures in, a corrected surface over all mixtures out.
 
 A merged model stands in for the model that would be trained on a mixture. At the vertices the two are one and the same
 expert. In between they part at second order by `sum_{k<j} w_k w_j (H_k - H_j)(g_k - g_j)` (from MergeMix,
@@ -16,13 +16,12 @@ The process's scale is not chosen but averaged over, by marginal likelihood and 
 the merged values. So one run already corrects what can be seen from it, no run leaves merged values with wide errors,
 and the noise of the items says how far a run is to be believed.
 
-The same runs are the referee: `judge` says whether the pick was shown to beat training on uniform weights. Traps: one
-training seed a mixture, whose luck no interval here covers unless its spread is given; and predictions far from all
-runs: of mixtures all over the simplex, 95 % intervals held 59 to 100 % of the true values in such worlds, fewest where
-experts were trained to the end.
+Trap: predictions far from all runs. Of mixtures all over the simplex, 95 % intervals held 59 to 100 % of true values
+in such worlds, fewest where experts were trained to the end. What the pick is worth is not for this surface to say but
+for runs that it has not seen (`verdict.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -32,18 +31,8 @@ from datalloy.errors import DataError, RecipeError
 from datalloy.objective import Objective
 from datalloy.optimum import best_mixture
 from datalloy.simplex import Simplex
-from datalloy.uncertainty import (
-    Coefficient,
-    Interval,
-    RankAgreement,
-    mixture_agreement,
-    percentile_interval,
-    resampled_means,
-    top_1_regret,
-    top_1_regret_interval,
-)
+from datalloy.uncertainty import target_means
 
-Decision = Literal["trust", "use uniform", "deploy the merge"]
 # mixtures [M, K] to means and standard errors, [M, G] each
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -59,7 +48,6 @@ INTERVAL_POOL, DRAWS = 256, 400  # mixtures and draws of the surface from which 
 SLOPE_STEP = 1e-5  # for slopes by differences of the posterior mean
 DISTINCT = 0.05  # share of samples by which two planned runs must differ
 APART = 0.15  # the same for the promising ones, where there is room: near ones tell little that is new
-RESAMPLES = 2000
 SAME_MIXTURE = 1e-6  # largest difference of weights between two records of one mixture
 
 
@@ -104,11 +92,11 @@ class TrainedMixtures:
 
     @property
     def true_NG(self) -> np.ndarray:
-        return _target_means(self.true_NV, self.target_V)
+        return target_means(self.true_NV, self.target_V)
 
     @property
     def merged_NG(self) -> np.ndarray:
-        return _target_means(self.merged_NV, self.target_V)
+        return target_means(self.merged_NV, self.target_V)
 
     @property
     def is_vertex_N(self) -> np.ndarray:
@@ -291,10 +279,6 @@ def _pair_sum(weight_MK: np.ndarray) -> np.ndarray:
     return (1 - (weight_MK**2).sum(axis=1)) / 2
 
 
-def _target_means(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
-    return np.stack([value_NV[:, target_V == target].mean(axis=1) for target in np.unique(target_V)], axis=1)
-
-
 # --- which mixture, which runs ---------------------------------------------------------------------------------------
 
 
@@ -415,233 +399,3 @@ def plan_runs(
 def _distances(weight_MK: np.ndarray, known_NK: np.ndarray) -> np.ndarray:
     """Total variation to the nearest known mixture: the share of samples that would have to be exchanged."""
     return np.abs(weight_MK[:, None] - known_NK[None]).sum(axis=2).min(axis=1) / 2
-
-
-# --- the verdict -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How much higher the objective is at the pick than elsewhere, in the values' unit.
-
-    `measured`: both were really trained, paired over items. `predicted`: from draws of the calibrated posterior.
-    """
-
-    mean: float
-    interval: Interval
-    source: Literal["measured", "predicted"]
-
-
-@dataclass(frozen=True)
-class Regret:
-    """What trusting the merged models alone would have lost among the trained mixtures, in the values' unit."""
-
-    value: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How well merged models ordered the really trained mixtures by the objective.
-
-    At a vertex merged and trained are one model, so that vertices agree for nothing: without them is the honest
-    number, with them the one that covers the whole simplex. `regret` is None where nothing was trained.
-    """
-
-    spearman: RankAgreement
-    kendall: RankAgreement
-    spearman_without_vertices: RankAgreement
-    kendall_without_vertices: RankAgreement
-    regret: Regret | None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What to do, how sure that is, and why, for one objective at one confidence.
-
-    trust: the gain over uniform weights is above zero with its whole interval. use uniform: it is not, or the pick
-    breaks a guard rail. deploy the merge: the merged model at the pick scores above every trained model, each beyond
-    its paired interval; `merge_score` is then its objective and else None, and `trusted` still speaks of training on
-    the pick.
-
-    The intervals cover the choice of items, and for predicted gains the error of the surface. They do not cover the
-    luck of training: each mixture was trained with one seed, unless `TrainedMixtures.seed_sd_G` told its spread. They
-    also know nothing of other items than these; where the pick was searched on the same items, gains lean to the high
-    side.
-    """
-
-    verdict: Decision
-    trusted: bool
-    reason: str
-    confidence: float
-    gain_vs_uniform: Gain
-    gain_vs_size_proportional: Gain
-    agreement: Agreement
-    merge_score: float | None
-
-
-def judge(
-    trained: TrainedMixtures,
-    calibration: Surface,
-    objective: Objective,
-    *,
-    pick_K: np.ndarray,
-    uniform_K: np.ndarray,
-    size_K: np.ndarray,
-    confidence: float,
-    seed: int,
-    chosen_among: int = 1,
-) -> Verdict:
-    """The verdict on `pick_K`, by the really trained mixtures, experts among them, and the calibrated surface.
-
-    Args:
-        uniform_K, size_K: what the pick is held against: uniform weights and the shares of the domains' sizes, or what
-            is nearest to them among the feasible mixtures.
-        chosen_among: from how many trained mixtures the pick was chosen by their results. The best of several looks
-            better than it is, so the gains' intervals are widened until all would hold together (Bonferroni). Simulated
-            with three equally good mixtures and uniform weights, this trusted 4 % of the picks instead of 10 %.
-    """
-    scores = _score(trained, objective, seed)
-    together = 1 - (1 - confidence) / chosen_among
-    over_uniform, over_size = (
-        _gain(trained, scores, calibration, objective, np.stack([pick_K, base_K]), together, seed)
-        for base_K in (uniform_K, size_K)
-    )
-    pick = trained.find(pick_K)
-    value_G = calibration.predict(pick_K[None])[0][0] if pick is None else trained.true_NG[pick]
-    broken = None if objective.allowed(value_G) else _broken_rail(trained.targets, objective, value_G)
-    is_merge_best = pick is not None and _is_merge_best(trained, scores, objective, pick, confidence)
-    trusted = broken is None and over_uniform.interval.low > 0
-    reason = broken or _gain_in_words(over_uniform, trained, confidence, is_uniform=_is_same(pick_K, uniform_K))
-    merge_score = float(scores.merged_N[pick]) if is_merge_best else None
-    if merge_score is not None:
-        reason = (
-            f"The merged model at the pick scores {merge_score:.4f}, above every trained model (the best has "
-            f"{scores.true_N.max():.4f}) by more than its {confidence:.0%} interval; of training: {reason}"
-        )
-    return Verdict(
-        verdict="deploy the merge" if is_merge_best else "trust" if trusted else "use uniform",
-        trusted=trusted,
-        reason=reason,
-        confidence=confidence,
-        gain_vs_uniform=over_uniform,
-        gain_vs_size_proportional=over_size,
-        agreement=_agree(scores, ~trained.is_vertex_N, confidence),
-        merge_score=merge_score,
-    )
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """The objective of N trained mixtures and of the merges at their weights; the same for R draws of the items."""
-
-    true_N: np.ndarray
-    merged_N: np.ndarray
-    true_RN: np.ndarray
-    merged_RN: np.ndarray
-
-
-def _score(trained: TrainedMixtures, objective: Objective, seed: int) -> _Scores:
-    true_RNG, merged_RNG = (
-        resampled_means(value_NV, trained.target_V, resamples=RESAMPLES, seed=seed)  # the same items for both
-        for value_NV in (trained.true_NV, trained.merged_NV)
-    )
-    true_RNG += trained.seed_sd_G * np.random.default_rng([seed, 1]).standard_normal(true_RNG.shape)
-    return _Scores(
-        objective.score(trained.true_NG),
-        objective.score(trained.merged_NG),
-        objective.score(true_RNG),
-        objective.score(merged_RNG),
-    )
-
-
-def _gain(
-    trained: TrainedMixtures,
-    scores: _Scores,
-    calibration: Surface,
-    objective: Objective,
-    weight_MK: np.ndarray,
-    confidence: float,
-    seed: int,
-) -> Gain:
-    """Of the first of two mixtures over the second."""
-    if _is_same(*weight_MK):
-        return Gain(0.0, Interval(0.0, 0.0), "measured")
-    first, second = (trained.find(weight_K) for weight_K in weight_MK)
-    if first is None or second is None:
-        drawn_RM = objective.score(calibration.draw(weight_MK, RESAMPLES, seed))
-        gain_R = drawn_RM[:, 0] - drawn_RM[:, 1]
-        return Gain(float(gain_R.mean()), percentile_interval(gain_R, confidence), "predicted")
-    gain_R = scores.true_RN[:, first] - scores.true_RN[:, second]
-    mean = float(scores.true_N[first] - scores.true_N[second])
-    return Gain(mean, percentile_interval(gain_R, confidence), "measured")
-
-
-def _is_merge_best(
-    trained: TrainedMixtures, scores: _Scores, objective: Objective, pick: int, confidence: float
-) -> bool:
-    """Whether the merge at the pick beats every trained model; it has to beat all, so luck with one is no help."""
-    margin_RN = scores.merged_RN[:, [pick]] - scores.true_RN
-    lows = [percentile_interval(margin_R, confidence).low for margin_R in margin_RN.T]
-    return min(lows) > 0 and bool(objective.allowed(trained.merged_NG[pick]))
-
-
-def _agree(scores: _Scores, is_inner_N: np.ndarray, confidence: float) -> Agreement:
-    def agreement(rows: np.ndarray, coefficient: Coefficient) -> RankAgreement:
-        return mixture_agreement(
-            scores.merged_N[rows],
-            scores.true_N[rows],
-            coefficient,
-            confidence=confidence,
-            a_RN=scores.merged_RN[:, rows],
-            b_RN=scores.true_RN[:, rows],
-        )
-
-    every_N = np.ones_like(is_inner_N)
-    return Agreement(
-        agreement(every_N, "spearman"),
-        agreement(every_N, "kendall"),
-        agreement(is_inner_N, "spearman"),
-        agreement(is_inner_N, "kendall"),
-        _regret(scores, confidence) if len(every_N) else None,
-    )
-
-
-def _regret(scores: _Scores, confidence: float) -> Regret:
-    interval = top_1_regret_interval(
-        scores.merged_N,
-        scores.true_N,
-        surrogate_RN=scores.merged_RN,
-        true_RN=scores.true_RN,
-        confidence=confidence,
-    )
-    return Regret(top_1_regret(scores.merged_N, scores.true_N), interval)
-
-
-def _is_same(weight_K: np.ndarray, other_K: np.ndarray) -> bool:
-    return bool((np.abs(weight_K - other_K) <= SAME_MIXTURE).all())
-
-
-def _broken_rail(targets: Sequence[str], objective: Objective, value_G: np.ndarray) -> str:
-    fall_G = objective.base_G - value_G
-    worst = int(np.argmax(fall_G - objective.max_fall_G))
-    return (
-        f"Training on the pick lets {targets[worst]} fall {fall_G[worst]:.4f} below the base model, "
-        f"its guard rail allows {objective.max_fall_G[worst]:.4f}."
-    )
-
-
-def _gain_in_words(gain: Gain, trained: TrainedMixtures, confidence: float, *, is_uniform: bool) -> str:
-    if is_uniform:
-        return "The pick is the uniform mixture itself."
-    runs = int((~trained.is_vertex_N).sum())
-    low, high = gain.interval
-    source = f"measured on {len(trained.target_V)} items" if trained.has_items else "from the standard errors told"
-    if gain.source == "predicted":
-        source = f"predicted from {runs} real run{'' if runs == 1 else 's'}"
-    numbers = f"{gain.mean:+.4f} ({confidence:.0%} interval {low:+.4f} to {high:+.4f}, {source})"
-    if low > 0:
-        return f"Training on the pick gains {numbers} over uniform weights."
-    if high < 0:
-        return f"Training on the pick loses against uniform weights: {numbers}."
-    return f"A gain over uniform weights is not shown: it is {numbers}."

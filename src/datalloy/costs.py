@@ -117,7 +117,7 @@ def _mixture_stages(
     evaluations = asked if settings.metric == "target" else CONFIRMING_EVALUATIONS
     passes = evaluations + 3 * SLOPE_CALLS * kept
     yield StageCost("mix", passes * evaluation, 0, f"{evaluations} evaluations of merged models, nothing written")
-    runs = settings.verify_runs
+    runs = settings.verify_runs + (2 * settings.confirm_runs if settings.verify_runs > 1 else 0)
     yield StageCost("verify", runs * (share * training + evaluation), runs * disk, f"{runs} real runs")
 
 

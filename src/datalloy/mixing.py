@@ -2,15 +2,15 @@
 
 The method of linear merging for data mixtures (arXiv 2602.04937), from one expert a part to a verdict:
 
-    experts -> mergeability -> search over merged models -> a few real runs -> calibration -> verdict
+    experts -> mergeability -> search over merged models -> a few real runs -> calibration -> confirmation -> verdict
 
 A part is what gets a weight of its own: a domain (its selected samples or all of them), or a score bucket of one. The
 experts' training is the price, one run a part; a candidate costs one evaluation; each verified mixture one more run.
 Everything measured is a unit of the run folder, so a killed search goes on with the answers it has.
 
 What is recommended was really trained, where any runs are allowed: the search's pick, the pick after a first
-calibration, and what they are held against. Trap: search and verification use the same target items; what the final
-model is worth stands in the held-out sets.
+calibration, and what they are held against. Half of each target's items search, calibrate and choose; the verdict is
+read on the other half, of further trainings of the pick and of uniform shares (`verdict.py` says why).
 """
 
 import logging
@@ -31,7 +31,6 @@ from datalloy.calibration import (
     TrainedMixtures,
     calibrate,
     interaction_scale,
-    judge,
     plan_runs,
     recommend,
     weight_intervals,
@@ -40,7 +39,7 @@ from datalloy.checkpoints import merge_checkpoints
 from datalloy.durable import complete_files
 from datalloy.encoding import EncodedSamples
 from datalloy.engines import Engine, Unit, complete
-from datalloy.evaluation import MetricItems, answer_losses, count_tokens, without_writing
+from datalloy.evaluation import JudgedItems, MetricItems, answer_losses, count_tokens, without_writing
 from datalloy.mergeability import Expert, diagnose
 from datalloy.merging import Merge, open_merge
 from datalloy.mixture import Mixture, Spent, materialise, plan_shares, write_candidates
@@ -54,7 +53,8 @@ from datalloy.surface import describe_surface
 from datalloy.surrogates.mixmin import MixMin
 from datalloy.target_items import TargetItems
 from datalloy.training import train
-from datalloy.uncertainty import Interval, rank_agreement
+from datalloy.uncertainty import Interval, rank_agreement, target_means
+from datalloy.verdict import Confirmation, Verdict, judge
 from datalloy.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 BLOCKS = 4  # of target items, for racing
 OWN_ITEMS = 32  # of a part that its expert is not trained on: whether it learned its own domain is seen there
 OWN_FRACTION = 0.1  # of a part that may be kept from its expert
+OTHER_SEED = 1000  # between the seeds of trainings on one mixture
 FIRST_RUNS = 2  # before the first calibration: the search's pick and uniform shares
 SAME_PICK = 0.05  # share of samples in which two picks must differ for the second to be trained too
 FEASIBLE = 1e-7  # rounding of solvers, in weights
@@ -178,8 +179,10 @@ class Mixing:
         total: int,
     ) -> None:
         self.run, self.engine, self.base, self.parts, self.total = run, engine, base, parts, total
-        self.targets = targets
         self.settings = settings
+        self.targets, self.unseen = targets, targets  # items that search and choose; items that the verdict is read on
+        if settings.verify_runs:
+            self.targets, self.unseen = _halves(targets, settings.seed)
         self.names = tuple(part.name for part in parts)
 
     def perform(self, unit: Unit) -> None:
@@ -189,6 +192,8 @@ class Mixing:
                 self._expert(self.parts[unit.arguments[0]])
             case "real_run":
                 self._really_train(np.array(unit.arguments[0]))
+            case "confirm":
+                self._confirm(np.array(unit.arguments[0]), unit.arguments[1])
             case "final":
                 self._train_final(unit.name, self.run.path(unit.name))
             case "values":
@@ -234,7 +239,7 @@ class Mixing:
         return Objective(
             kind=self.settings.objective,
             weight_G=weight_G / weight_G.sum(),
-            base_G=self._by_target(self.base_values),
+            base_G=target_means(self.base_values[None], self._items.target_V)[0],
             max_fall_G=np.array([rails.get(name, np.inf) for name in self.targets]),
         )
 
@@ -290,10 +295,6 @@ class Mixing:
         """The experts as they are at the end of their training, merged."""
         return MergedModels(self.run, self.engine, "mixture/merged", self.merge, self.targets, self.settings.metric)
 
-    def _by_target(self, value_V: np.ndarray) -> np.ndarray:
-        target_V = self._items.target_V
-        return np.array([value_V[target_V == g].mean() for g in range(len(self.targets))])
-
     @cached_property
     def merge(self) -> Merge:
         return open_merge(self.base, self.experts())
@@ -301,7 +302,7 @@ class Mixing:
     @cached_property
     def base_values(self) -> np.ndarray:
         """Values of the targets' items under the base, [V]."""
-        return self._measure("mixture/base", None)
+        return self._measure("mixture/base", None, self._items)
 
     def diagnose(self) -> dict[str, Any]:
         """Whether these experts can stand in for mixtures at all. Writes `mixture/mergeability.json`."""
@@ -395,7 +396,7 @@ class Mixing:
     # --- verify ------------------------------------------------------------------------------------------------
 
     def verify(self) -> Mixture:
-        """Train a few mixtures really, calibrate the search by them, and give the verdict on the best of them.
+        """Train a few mixtures really, calibrate the search by them, confirm the best of them, and give the verdict.
 
         Writes `mixture/mixture.json` and `mixture/surface.json`. Of the runs, the search's pick and uniform shares come
         first; the calibrated surface then has its pick, which is trained too unless it is much the same; what is left
@@ -410,17 +411,7 @@ class Mixing:
         calibration = _calibrated(found, trained)
         eligible_NK = np.array([weight_K for weight_K in weight_NK if self.simplex.contains(weight_K, FEASIBLE)])
         pick_K = self._best(calibration, eligible_NK) if self.settings.verify_runs else found.weight_K
-        verdict = judge(
-            trained,
-            calibration,
-            self.objective,
-            pick_K=pick_K,
-            uniform_K=self.simplex.uniform,
-            size_K=self.simplex.project(self.sizes_K),
-            confidence=self.settings.confidence,
-            seed=self.settings.seed,
-            chosen_among=len(eligible_NK) if self.settings.verify_runs else 1,
-        )
+        verdict, confirming = self._judge(calibration, trained, pick_K, len(eligible_NK))
         interval_K2 = weight_intervals(
             calibration,
             self.simplex,
@@ -430,7 +421,7 @@ class Mixing:
             seed=self.settings.seed,
         )
         trusted_K = self.simplex.uniform if verdict.verdict == "use uniform" else pick_K
-        runs = int((weight_NK.max(axis=1) < 1).sum())
+        runs = int((weight_NK.max(axis=1) < 1).sum()) + confirming
         advice = Mixture.judged(
             self._named(trusted_K),
             dict(zip(self.names, (Interval(*pair) for pair in interval_K2.tolist()), strict=True)),
@@ -438,6 +429,7 @@ class Mixing:
             searched=self._named(pick_K),
             objective=self.settings.objective,
             metric=self.settings.metric,
+            judged_by=self._judged_by,
             spent=Spent(found.slope_calls, math.ceil(found.evaluations), runs),
         )
         advice.write(path)
@@ -492,6 +484,72 @@ class Mixing:
             seed_sd_G=np.zeros(len(self.targets)),
         )
 
+    def _judge(
+        self, calibration: Calibration, trained: TrainedMixtures, pick_K: np.ndarray, eligible: int
+    ) -> tuple[Verdict, int]:
+        """The verdict on the pick by the unseen items, and how many trainings confirmed it."""
+        objective, confirmation = self.objective, None
+        if self.settings.verify_runs:
+            trained = self._unseen_evidence(trained.weight_NK)
+            base_V = self._measure("mixture/base/verdict", None, self._unseen_items)
+            objective = replace(objective, base_G=target_means(base_V[None], trained.target_V)[0])
+            confirmation = self._confirmation(trained, pick_K)
+        verdict = judge(
+            trained,
+            calibration,
+            objective,
+            pick_K=pick_K,
+            uniform_K=self.simplex.uniform,
+            size_K=self.simplex.project(self.sizes_K),
+            confidence=self.settings.confidence,
+            seed=self.settings.seed,
+            chosen_among=eligible if self.settings.verify_runs else 1,
+            confirmation=confirmation,
+        )
+        return verdict, 0 if confirmation is None else 2 * confirmation.further
+
+    def _unseen_evidence(self, weight_NK: np.ndarray) -> TrainedMixtures:
+        """The trained mixtures and the merged models at their weights, measured on the unseen items."""
+        items = self._unseen_items
+        merged_NV = np.array([self._merged_on_unseen(weight_K) for weight_K in weight_NK])
+        true_NV = merged_NV.copy()
+        for n in np.flatnonzero(weight_NK.max(axis=1) < 1):  # the merged model at a vertex is the expert
+            folder = self.train_on(weight_NK[n])
+            true_NV[n] = self._measure(f"{folder.relative_to(self.run.folder)}/verdict", folder, items)
+        return TrainedMixtures(
+            targets=tuple(self.targets),
+            weight_NK=weight_NK,
+            true_NV=true_NV,
+            merged_NV=merged_NV,
+            target_V=items.target_V,
+            seed_sd_G=np.zeros(len(self.targets)),
+        )
+
+    def _merged_on_unseen(self, weight_K: np.ndarray) -> np.ndarray:
+        def measure() -> dict[str, Any]:
+            return {"values": self._unseen_items.values(self.merge.set(weight_K)).tolist()}
+
+        return np.array(self.run.once(f"mixture/merged/verdict-{_key(weight_K)}", measure)["values"])
+
+    def _confirmation(self, trained: TrainedMixtures, pick_K: np.ndarray) -> Confirmation | None:
+        """The pick and uniform shares trained again; None where there is nothing to confirm or it is not asked for."""
+        pick, uniform = trained.find(pick_K), trained.find(self.simplex.uniform)
+        if not self.settings.confirm_runs or pick is None or uniform is None or pick == uniform:
+            return None
+        weights = {pick: pick_K, uniform: self.simplex.uniform}
+        numbers = range(1, self.settings.confirm_runs + 1)
+        units = [self._confirm_unit(weight_K, number) for weight_K in weights.values() for number in numbers]
+        complete(self.engine, self.run, units, "confirming runs")
+        by_row = {
+            row: [
+                self._measure(f"{unit.name}/verdict", self.run.path(unit.name), self._unseen_items)
+                for unit in (self._confirm_unit(weight_K, number) for number in numbers)
+            ]
+            for row, weight_K in weights.items()
+        }
+        pick_RV, uniform_RV = (np.array([trained.true_NV[row], *by_row[row]]) for row in (pick, uniform))
+        return Confirmation(pick_RV, uniform_RV, trained.target_V)
+
     def _best(self, calibration: Calibration, weight_NK: np.ndarray) -> np.ndarray:
         """The mixture with the best expected objective; guard rails come before it."""
         value_NG = calibration.predict(weight_NK)[0]
@@ -512,12 +570,27 @@ class Mixing:
         counts = largest_remainder(weight_K, self.steps * self.run.recipe.train.batch_size)
         return Unit(f"mixture/runs/{_key(counts)}", "train", "real_run", (tuple(weight_K.tolist()),))
 
+    def _confirm_unit(self, weight_K: np.ndarray, number: int) -> Unit:
+        """Training on the same samples once more, from another seed."""
+        name = f"{self._real_run(weight_K).name.replace('/runs/', '/confirm/')}-{number}"
+        return Unit(name, "train", "confirm", (tuple(weight_K.tolist()), number))
+
     def _really_train(self, weight_K: np.ndarray) -> None:
-        unit = self._real_run(weight_K).name
         log.info("really training on %s", self.describe(weight_K))
+        self._train_mixture(self._real_run(weight_K).name, weight_K, self._train_settings)
+
+    def _confirm(self, weight_K: np.ndarray, number: int) -> None:
+        settings = self._train_settings
+        log.info("confirming %s, training %d", self.describe(weight_K), number)
+        seed = settings.seed + OTHER_SEED * number
+        self._train_mixture(
+            self._confirm_unit(weight_K, number).name, weight_K, settings.model_copy(update={"seed": seed})
+        )
+
+    def _train_mixture(self, unit: str, weight_K: np.ndarray, settings: config.Train) -> None:
         vlm, folder = self.base.copy(), self.run.path(unit)
-        encoded = self._encode(vlm, self._samples_of(weight_K, self.steps * self.run.recipe.train.batch_size))
-        trained = train(vlm, encoded, self._train_settings, folder, steps=self.steps)
+        encoded = self._encode(vlm, self._samples_of(weight_K, self.steps * settings.batch_size))
+        trained = train(vlm, encoded, settings, folder, steps=self.steps)
         self.run.commit(unit, [folder], {**asdict(trained), "weights": self._named(weight_K)})
 
     def trained(self, weight_K: np.ndarray) -> np.ndarray:
@@ -525,7 +598,7 @@ class Mixing:
         if weight_K.max() == 1:
             return self.merged.all_values(weight_K)  # the merged model at a vertex is the expert
         folder = self.train_on(weight_K)
-        return self._measure(f"{folder.relative_to(self.run.folder)}/values", folder)
+        return self._measure(f"{folder.relative_to(self.run.folder)}/values", folder, self._items)
 
     def trained_uniform(self) -> Path | None:
         """The model trained on uniform shares, if verification trained one for as long as the final model."""
@@ -533,18 +606,31 @@ class Mixing:
         unit = f"mixture/runs/{_key(largest_remainder(self.simplex.uniform, total))}"
         return self.run.path(unit) if total == self.total and self.run.finished(unit) is not None else None
 
-    def _measure(self, unit: str, folder: Path | None) -> np.ndarray:
-        """Values of the targets' items under a checkpoint, None being the base; recorded in the run."""
+    def _measure(self, unit: str, folder: Path | None, items: MetricItems | JudgedItems) -> np.ndarray:
+        """Values of items under a checkpoint, None being the base; recorded in the run."""
 
         def measure() -> dict[str, Any]:
             vlm = self.base if folder is None else VLM.load(str(folder), device=self.run.recipe.device)
-            return {"values": self._items.values(vlm).tolist()}
+            return {"values": items.values(vlm).tolist()}
 
         return np.array(self.run.once(unit, measure)["values"])
 
     @cached_property
     def _items(self) -> MetricItems:
         return lay_out_items(self.base, self.run, self.targets, self.settings.metric, share_vision=False)
+
+    @cached_property
+    def _unseen_items(self) -> MetricItems | JudgedItems:
+        """Where search is by probability, marks count half, as in the bake-off: the probability alone misleads."""
+        if self.settings.metric != "probability":
+            return lay_out_items(self.base, self.run, self.unseen, self.settings.metric, share_vision=False)
+        metrics = metrics_of(self.run.recipe, "target")
+        return JudgedItems.lay_out(self.base, self.unseen, metrics, self.run.recipe.evaluate)
+
+    @property
+    def _judged_by(self) -> str:
+        is_both = self.settings.metric == "probability" and self.settings.verify_runs
+        return "marks and probability" if is_both else self.settings.metric
 
     # --- the final training ------------------------------------------------------------------------------------
 
@@ -629,6 +715,16 @@ def lay_out_items(
     metrics = metrics_of(run.recipe, metric)
     blocks = min(BLOCKS, min(len(items) for items in targets.values()))
     return MetricItems.lay_out(vlm, targets, metrics, run.recipe.evaluate, blocks=blocks, share_vision=share_vision)
+
+
+def _halves(targets: Mapping[str, Sequence[Sample]], seed: int) -> tuple[dict[str, list[Sample]], ...]:
+    """The items of each target dealt to two halves in an order drawn by content; the first has the odd one."""
+    halves: tuple[dict[str, list[Sample]], ...] = ({}, {})
+    for name, items in targets.items():
+        order = sorted(items, key=lambda s: digest(["verdict", seed, s.content_hash]))
+        for half, chosen in zip(halves, (order[0::2], order[1::2]), strict=True):
+            half[name] = chosen
+    return halves
 
 
 def _calibrated(found: Found, trained: TrainedMixtures) -> Calibration:

@@ -22,14 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pydantic
 
-from datalloy.calibration import Agreement, Decision, Gain, Verdict
 from datalloy.errors import DataError
 from datalloy.run import write_json
 from datalloy.scores import read_table, write_table
 from datalloy.simplex import largest_remainder
 from datalloy.uncertainty import Interval
+from datalloy.verdict import Agreement, Decision, Gain, Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CANDIDATES_VERSION = 1
 WEIGHT_PREFIX, VALUE_PREFIX, ERROR_PREFIX = "w:", "value:", "se:"
 SUM_TOLERANCE = 1e-6
@@ -39,7 +39,7 @@ Id = TypeVar("Id", str, int)
 
 @dataclass(frozen=True)
 class Spent:
-    """What the recommendation cost: slope calls and evaluations of merged models, and real training runs."""
+    """What the recommendation cost: slope calls and evaluations of merged models, real runs with those that confirm."""
 
     slope_calls: int
     evaluations: int
@@ -54,7 +54,9 @@ class Mixture:
         weights: shares to train on by domain, summing to one: what was found best, or uniform if that is the verdict.
         searched: the shares that were found best, and that the verdict is about.
         interval: where each searched share could as well lie.
-        objective, metric: what was searched for, in the recipe's words; gains are in the metric's unit.
+        objective, metric: what was searched for, in the recipe's words.
+        judged_by: what gains are measured in: the metric, or `marks and probability`, half each, where the search was
+            by probability.
         expected_gain_vs_uniform, expected_gain_vs_size_proportional: of training on it, at `confidence`.
         merge_score: objective of the merged model where the verdict is to deploy that, else None.
 
@@ -66,6 +68,7 @@ class Mixture:
     interval: Mapping[str, Interval]
     objective: str
     metric: str
+    judged_by: str
     confidence: float
     expected_gain_vs_uniform: Gain
     expected_gain_vs_size_proportional: Gain
@@ -97,6 +100,7 @@ class Mixture:
         searched: Mapping[str, float],
         objective: str,
         metric: str,
+        judged_by: str,
         spent: Spent,
     ) -> "Mixture":
         """The mixture to train on after the verdict on the `searched` one."""
@@ -106,6 +110,7 @@ class Mixture:
             interval=interval,
             objective=objective,
             metric=metric,
+            judged_by=judged_by,
             confidence=verdict.confidence,
             expected_gain_vs_uniform=verdict.gain_vs_uniform,
             expected_gain_vs_size_proportional=verdict.gain_vs_size_proportional,

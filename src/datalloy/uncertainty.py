@@ -143,6 +143,11 @@ def mixture_agreement(
     return RankAgreement(value, Interval(min(math.tanh(z - half), value), max(math.tanh(z + half), value)), mixtures)
 
 
+def target_means(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
+    """Means by target of N rows of values, [N, G]; `target_V` is the target of each item, none without items."""
+    return np.stack([value_NV[:, target_V == target].mean(axis=1) for target in np.unique(target_V)], axis=1)
+
+
 def resampled_means(value_NV: np.ndarray, target_V: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
     """Means by target of N mixtures over items drawn again with replacement: [R, N, G].
 

@@ -57,7 +57,20 @@ def _gains(mixture: dict[str, Any]) -> str:
         for other, name in (("uniform", "equal shares"), ("size_proportional", "shares by size"))
         for gain in [mixture[f"expected_gain_vs_{other}"]]
     ]
-    return f"<h3>Gain of the pick on the targets ({text(mixture['metric'])})</h3>" + strips(rows, zero=0.0)
+    unit = mixture.get("judged_by", mixture["metric"])
+    heading = f"<h3>Gain of the pick on the targets ({text(unit)})</h3>"
+    return heading + strips(rows, zero=0.0) + paragraph(text(_what_intervals_hold(mixture)), "note")
+
+
+def _what_intervals_hold(mixture: dict[str, Any]) -> str:
+    gain = mixture["expected_gain_vs_uniform"]
+    if gain["source"] != "confirmed":
+        return "The intervals cover the choice of items. The luck of training, and of having been chosen, they do not."
+    return (
+        "Confirmed: the pick and equal shares were trained again from other seeds, and measured on items that decided "
+        f"nothing; the interval holds the luck of both. Trainings on one mixture differ by {gain['training_sd']:.4f} "
+        "(standard deviation), as far as these and usual ones tell."
+    )
 
 
 def _merged_against_trained(facts: RunFacts) -> str:

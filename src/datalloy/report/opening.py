@@ -143,7 +143,7 @@ def _claims(facts: RunFacts) -> str:
         told = f"{gained(claim.mean, claim.interval)}, {claim.source}"
         rows.append(f'<li>{chip(word, kind)}<span>{text(claim.what)}</span><span class="note">{text(told)}</span></li>')
     percentage = percent(facts.recipe.evaluate.confidence)
-    note = f"In brackets: {percentage} intervals over items. One training seed, whose luck they do not cover."
+    note = f"In brackets: {percentage} intervals over items. The luck of training is in those that are confirmed alone."
     return f'<ul class="claims">{"".join(rows)}</ul>{paragraph(note, "note")}'
 
 
@@ -216,11 +216,11 @@ def next_steps(facts: RunFacts) -> Iterator[tuple[str, str]]:
         f"datalloy export {config} --run {folder}",
     )
     if facts.has_mixture and not _is_settled(facts):
-        runs = 2 * max(2, facts.recipe.mixture.verify_runs if facts.recipe.mixture else 0)
+        runs = 2 * max(2, facts.recipe.mixture.confirm_runs if facts.recipe.mixture else 0)
         more = shlex.quote(f"{facts.path}-more")
         yield (
-            "What is open above gets narrower with more really trained mixtures:",
-            f"datalloy run {config} --run {more} --set mixture.verify_runs={runs}",
+            "What is open above gets narrower with more trainings that confirm:",
+            f"datalloy run {config} --run {more} --set mixture.confirm_runs={runs}",
         )
     yield "To look at every sample, and to overrule the selection:", f"datalloy view {folder}"
 
