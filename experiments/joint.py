@@ -100,7 +100,7 @@ def measure(work: Workflow, model: Path) -> dict[str, Any]:
         mixing = work.mixing
         advice = work.verify()
         share = advice.searched
-        spent = STEPS * (len(mixing.names) + recipe.mixture.verify_runs)
+        spent = STEPS * (len(mixing.names) + advice.spent.runs)
     if (outcome := work.run.path("bakeoff.json")).exists():
         spent += json.loads(outcome.read_bytes())["steps_spent"]
     return {"steps": spent, "share": dict(share), **HeldOut.lay_out(work).measure(VLM.load(str(model)))}

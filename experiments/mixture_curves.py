@@ -44,7 +44,7 @@ def load(run: Path) -> dict[str, np.ndarray]:
     """The design's values by metric, [N, V], as recorded by mixtures.py in the order of its weights."""
     paths = sorted(run.glob("units/design--*.json"), key=lambda path: int(path.stem.rpartition("--")[2]))
     rows = [json.loads(path.read_bytes())["data"] for path in paths]
-    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    return {key: np.array([row[key] for row in rows]) for key in rows[0] if ":" in key}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ After the mixture paper's tables (arXiv 2602.04937): for K = 2 and 3 the 7 and 2
 1/8, for K = 4 twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for
 as many steps as the experts and compared with the merge at its weights, by answer loss, by the probability of the
 right answer and by exact match on the same target items. Beside it `datalloy verify` runs as a user would run it,
-with three real runs of its own, and its pick is held against the best of the grid. In the worlds `two_of_...` only
-two of the domains have a target, so that there is something to find. `--retrained` trains everything a second time
-from another seed on the same pool: how far one training agrees with the next is the most that any prediction can
-reach. Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py goes on from
-the run folders.
+with three real runs of its own and one that confirms, and its pick is held against the best of the grid. In the worlds
+`two_of_...` only two of the domains have a target, so that there is something to find. `--retrained` trains everything
+a second time from another seed on the same pool: how far one training agrees with the next is the most that any
+prediction can reach. Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py
+goes on from the run folders.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from provenance import provenance
 from datalloy import progress
 from datalloy.config import Recipe, load_recipe
 from datalloy.evaluation import MetricItems
-from datalloy.mixing import Mixing, lay_out_items
+from datalloy.mixing import lay_out_items
 from datalloy.run import Run, write_json
 from datalloy.simplex import dirichlet, grid
 from datalloy.strict_yaml import dump_yaml
@@ -97,28 +97,33 @@ def design(domains: int, draws: int) -> np.ndarray:
     return np.vstack([dirichlet(domains, draws, 42), np.full((1, domains), 1 / domains)])
 
 
-def measure_design(mixing: Mixing, draws: int = 20) -> dict[str, np.ndarray]:
-    """Values of all items, by every metric, of trained and merged models: experts first, then the design."""
-    weight_NK = np.vstack([np.eye(len(mixing.names)), design(len(mixing.names), draws)])
-    values: dict[str, list] = {f"{which}:{metric}": [] for metric in METRICS for which in ("true", "merged")}
-    by_metric = {
-        name: lay_out_items(mixing.base, mixing.run, mixing.targets, metric, share_vision=False)
-        for name, metric in METRICS.items()
-    }
-    for number, weight_K in enumerate(weight_NK):
-        unit = f"design/{number}"
-        if (done := mixing.run.finished(unit)) is None:
-            folder = mixing.train_on(weight_K)
-            done = mixing.run.commit(unit, [], _measure(mixing, by_metric, weight_K, folder))
-        for name, row in done.items():
-            values[name].append(row)
-    return {"weights": weight_NK, **{name: np.array(rows) for name, rows in values.items()}}
+class Measured:
+    """Trained and merged models on all items of the targets, also on those that the search does not see."""
 
+    def __init__(self, workflow: Workflow) -> None:
+        self.mixing = mixing = workflow.mixing
+        self.by_metric: dict[str, MetricItems] = {
+            name: lay_out_items(mixing.base, mixing.run, workflow.targets, metric, share_vision=False)
+            for name, metric in METRICS.items()
+        }
+        self.target_V = self.by_metric["loss"].target_V
 
-def _measure(mixing: Mixing, by_metric: dict[str, MetricItems], weight_K: np.ndarray, folder: Path) -> dict:
-    trained, merged = VLM.load(str(folder)), mixing.merge.set(weight_K)
-    row = {f"true:{metric}": items.values(trained).tolist() for metric, items in by_metric.items()}
-    return row | {f"merged:{metric}": items.values(merged).tolist() for metric, items in by_metric.items()}
+    def design(self, draws: int = 20) -> dict[str, np.ndarray]:
+        """Values of all items, by every metric, of trained and merged models: experts first, then the design."""
+        weight_NK = np.vstack([np.eye(len(self.mixing.names)), design(len(self.mixing.names), draws)])
+        rows = [self.at(f"design/{number}", weight_K) for number, weight_K in enumerate(weight_NK)]
+        names = [name for name in rows[0] if ":" in name]
+        return {"weights": weight_NK, **{name: np.array([row[name] for row in rows]) for name in names}}
+
+    def at(self, unit: str, weight_K: np.ndarray) -> dict[str, Any]:
+        """Of one mixture, its training among what is measured."""
+        folder = self.mixing.train_on(weight_K)
+        return self.mixing.run.once(unit, lambda: self._measure(weight_K, folder))
+
+    def _measure(self, weight_K: np.ndarray, folder: Path) -> dict[str, Any]:
+        trained, merged = VLM.load(str(folder)), self.mixing.merge.set(weight_K)
+        row = {f"true:{metric}": items.values(trained).tolist() for metric, items in self.by_metric.items()}
+        return row | {f"merged:{metric}": items.values(merged).tolist() for metric, items in self.by_metric.items()}
 
 
 def agreement(values: dict[str, np.ndarray], target_V: np.ndarray, names: tuple[str, ...], metric: str) -> list[dict]:
@@ -160,14 +165,17 @@ def run_seed(
     with Run(recipe_of(world, base, seed, train_seed, folder.parent, data, adapter), folder) as run:
         workflow = Workflow(run)
         mixing = workflow.mixing
-        values = measure_design(mixing, draws=10 if world == "packs" else 20)
+        measured = Measured(workflow)
+        values = measured.design(draws=10 if world == "packs" else 20)
         advice = workflow.verify()
         pick_K = np.array([advice.searched[name] for name in mixing.names])
-        target_V = mixing.merged.target_V
+        target_V = measured.target_V
         inner = values["weights"].max(axis=1) < 1
         grid_N = _mean_of_targets(values["true:probability"], target_V)
-        pick = float(_mean_of_targets(mixing.trained(pick_K)[None], target_V)[0])
-        uniform = float(_mean_of_targets(mixing.trained(mixing.simplex.uniform)[None], target_V)[0])
+        pick, uniform = (
+            float(_mean_of_targets(np.array([measured.at(unit, weight_K)["true:probability"]]), target_V)[0])
+            for unit, weight_K in (("pick", pick_K), ("uniform", mixing.simplex.uniform))
+        )
         return {
             "seed": seed,
             "train_seed": train_seed,

@@ -5,10 +5,10 @@
 
 Three domains, two of which have a target, with the faults of the worlds of selection.py in all three; whole domains are
 mixed by an ordinary recipe (three real runs, one confirming training of the pick and of uniform shares). Two gains of
-the pick over uniform shares are noted: `chosen`, measured by the runs and on the items that chose the pick, its interval
-widened for the choice; and `confirmed`, the verdict's own. Both are held against `delivered`: the pick and uniform
-shares trained from four more seeds and measured on held-out questions. Beside them stands how far trainings on one
-mixture differ there. The base is blurred (bases.py). Resumable. Four minutes of one core a pool.
+the pick over uniform shares are noted: `chosen`, by the runs and the items that chose the pick, its interval widened
+for the choice; and `confirmed`, the verdict's own. Both are held against `delivered`: the pick and uniform shares
+trained from four more seeds and measured on held-out questions. Beside them stands how far trainings on one mixture
+differ there. The base is blurred (bases.py). Resumable. Four minutes of one core a pool.
 """
 
 import json
