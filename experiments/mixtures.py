@@ -116,12 +116,11 @@ class Measured:
         return {"weights": weight_NK, **{name: np.array([row[name] for row in rows]) for name in names}}
 
     def at(self, unit: str, weight_K: np.ndarray) -> dict[str, Any]:
-        """Of one mixture, its training among what is measured."""
-        folder = self.mixing.train_on(weight_K)
-        return self.mixing.run.once(unit, lambda: self._measure(weight_K, folder))
+        """Of one mixture; what was measured once is not trained again."""
+        return self.mixing.run.once(unit, lambda: self._measure(weight_K))
 
-    def _measure(self, weight_K: np.ndarray, folder: Path) -> dict[str, Any]:
-        trained, merged = VLM.load(str(folder)), self.mixing.merge.set(weight_K)
+    def _measure(self, weight_K: np.ndarray) -> dict[str, Any]:
+        trained, merged = VLM.load(str(self.mixing.train_on(weight_K))), self.mixing.merge.set(weight_K)
         row = {f"true:{metric}": items.values(trained).tolist() for metric, items in self.by_metric.items()}
         return row | {f"merged:{metric}": items.values(merged).tolist() for metric, items in self.by_metric.items()}
 
