@@ -1,15 +1,20 @@
 """By which rule should the bake-off decide? Every arm of drawn pools trained briefly and long, from several seeds.
 
     python experiments/bakeoff_rules.py --worlds "wrong 30 %" --seeds 0 1 2 --runs runs/selection
+    python experiments/bakeoff_rules.py --worlds "wrong 30 %" --items 256 --runs runs/selection
 
 One row an arm and seed of training: the value of every target item (half mark, half probability of the right answer)
 after the short and the long training, which items score samples and which judge, and how many of the 300 held-out
 questions the long one answers rightly. Rules are then compared on the rows alone (`scripts/evidence.py`): what each
 would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
 selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
+
+With `--items` so many further items of each target judge, drawn for it and seen by nothing else, and only the arms of
+the default race are trained: what would more target items be worth? Three minutes a pool and seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from provenance import provenance
-from selection import STEPS, Job, World, asked_pools, open_world, worlds_parser
+from selection import STEPS, TARGET_ITEMS, WORLDS, Job, World, asked_pools, open_world, worlds_parser
 
+from datalloy.config import DataSource
 from datalloy.evaluation import JudgedItems
+from datalloy.readers import read_all
 from datalloy.run import write_json
+from datalloy.sample import Sample
+from datalloy.tiny.pools import write_pool
 from datalloy.training import train
 
 SHORT = 12  # steps of a first round of eight arms
@@ -31,6 +40,7 @@ ARMS = (
     *(Job("calibrated", fraction) for fraction in (0.5, 0.8)),
     *(Job("less", fraction) for fraction in (0.2, 0.5)),
 )
+RACED = tuple(job for job in ARMS if job.scorer != "less" and job.fraction != 0.65)
 
 
 def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
@@ -44,24 +54,42 @@ def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) ->
     return {**found, **world.held_out.measure(vlm)}
 
 
-def run_world(name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+def further_items(name: str, seed: int, count: int, folder: Path) -> dict[str, list[Sample]]:
+    """Items of each target that come after its own in the same draw; the pool that is drawn with them is the same."""
+    data = folder / f"data-{count}"
+    if not data.exists():
+        write_pool(data, replace(WORLDS[name], target_items=TARGET_ITEMS + count), seed)
+    names = WORLDS[name].targets
+    files = {target: DataSource(path=str(data / f"{target}.target.jsonl"), skip=TARGET_ITEMS) for target in names}
+    return {target: read_all(source, target)[0] for target, source in files.items()}
+
+
+def run_world(
+    name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path, further: int | None
+) -> dict[str, Any]:
     with open_world(name, base, seed, folder) as world:
         work = world.workflow
         judges = {sample.id for samples in work._target_items("judge").values() for sample in samples}
+        targets: Mapping[str, Sequence[Sample]] = work.targets
+        arms, unit = ARMS, "rules"
+        if further is not None:
+            targets = further_items(name, seed, further, folder)
+            judges = {sample.id for samples in targets.values() for sample in samples}
+            arms, unit = RACED, f"rules-{further}"
         metrics = {target: settings.metric for target, settings in work.recipe.targets.items()}
-        items = JudgedItems.lay_out(work._base, work.targets, metrics, work.recipe.evaluate)
+        items = JudgedItems.lay_out(work._base, targets, metrics, work.recipe.evaluate)
         rows = []
         for train_seed in train_seeds:
-            for job in ARMS:
+            for job in arms:
                 train_and_judge = partial(measure, world, world.kept(job), train_seed, items)
-                found = world.run.once(f"rules/{train_seed}-{job.name}", train_and_judge)
+                found = world.run.once(f"{unit}/{train_seed}-{job.name}", train_and_judge)
                 rows.append({"scorer": job.scorer, "fraction": job.fraction, "train_seed": train_seed, **found})
         return {
             "world": name,
             "base": base,
             "seed": seed,
             "target": items.target_V.tolist(),
-            "judges": [sample.id in judges for samples in work.targets.values() for sample in samples],
+            "judges": [sample.id in judges for samples in targets.values() for sample in samples],
             "base_values": np.round(items.values(work._base), 4).tolist(),
             "rows": rows,
             **provenance(),
@@ -71,11 +99,12 @@ def run_world(name: str, base: str, seed: int, train_seeds: Sequence[int], folde
 def main() -> None:
     parser = worlds_parser(__doc__, "bakeoff_rules")
     parser.add_argument("--train-seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--items", type=int, help="further items of each target that judge in the place of its own")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place)
-        write_json(args.out / f"{place}.json", found)
+        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items)
+        write_json(args.out / f"{place}{f'-{args.items}-items' if args.items else ''}.json", found)
         rows = found["rows"]
         print(place, [(r["scorer"], r["fraction"], round(r["accuracy"], 3)) for r in rows], flush=True)
 

@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "auto": evidence_selection.auto,
     "rules": evidence_bakeoff.rules,
     "noise": evidence_bakeoff.noise,
+    "judging_items": evidence_bakeoff.judging_items,
     "auto_gains": evidence_selection.auto_gains,
     "separation": evidence_selection.separation,
     "costs": evidence_selection.costs,
@@ -40,6 +41,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "picks": evidence_mixtures.picks,
     "ceiling": evidence_mixtures.ceiling,
     "curves": evidence_mixtures.curves,
+    "verdicts": evidence_mixtures.verdicts,
+    "promises": evidence_mixtures.promises,
     "joint": evidence_mixtures.joint,
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>\w+)(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)

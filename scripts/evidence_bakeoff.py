@@ -15,6 +15,7 @@ from evidence_tables import table
 
 RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
+FURTHER = "-items.json"  # how the names of results end where further items judge
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
@@ -73,13 +74,16 @@ class Pool:
         seeds = tuple(dict.fromkeys(row["train_seed"] for row in found["rows"]))
         return cls(found["world"], np.array(found["target"]), values, accuracy, seeds)
 
-    def gains(self, rule: Rule) -> list[float]:
-        """What the rule's choice gains on the full pool, by trainings from other seeds than the one that chose."""
+    def gains(self, rule: Rule, judging: int = JUDGING) -> list[float]:
+        """What the rule's choice gains on the full pool, by trainings from other seeds than the one that chose.
+
+        `judging`: so many items of each target are drawn to judge by.
+        """
         found = []
         for seed in self.seeds:
             rng = np.random.default_rng(seed)
             for _ in range(DRAWS):
-                items = [rng.choice(np.flatnonzero(self.target_V == n), JUDGING, replace=False) for n in (0, 1)]
+                items = [rng.choice(np.flatnonzero(self.target_V == n), judging, replace=False) for n in (0, 1)]
                 chosen = self.chosen(rule, seed, np.concatenate(items))
                 found.append(self.elsewhere(chosen, seed) - self.elsewhere(FULL, seed))
         return found
@@ -106,9 +110,36 @@ class Pool:
         return float(np.mean([self.accuracy[other, arm] for other in self.seeds if other != seed]))
 
 
+def read_pools(*, further: bool = False) -> list[Pool]:
+    """Those judged by the targets' own items, or those judged by further ones."""
+    paths = sorted((RESULTS / "bakeoff_rules").glob("*.json"))
+    return [Pool.read(path) for path in paths if path.name.endswith(FURTHER) == further]
+
+
+def judging_items() -> str:
+    """Gain over full SFT of what the default race chooses, by the number of items of each target that judge it."""
+    pools = read_pools(further=True)
+    worlds = list(dict.fromkeys(pool.world for pool in pools))
+    rule = RULES["**OST and low loss raced**"]
+    available = int(np.bincount(pools[0].target_V).min())
+    rows = []
+    for judging in (count for count in (16, 32, 64, 128, 256) if count <= available):
+        gains = {world: np.concatenate([p.gains(rule, judging) for p in pools if p.world == world]) for world in worlds}
+        lost = np.mean(np.concatenate(list(gains.values())) < -LOST)
+        means = [found.mean() for found in gains.values()]
+        rows.append(
+            [str(judging), f"{np.mean(means):+.3f}", f"{100 * lost:.0f} %", *(f"{mean:+.3f}" for mean in means)]
+        )
+    best = best_arms(pools, worlds)
+    rows.append(["the best arm, known afterwards", f"{np.mean(best):+.3f}", "", *(f"{mean:+.3f}" for mean in best)])
+    counts = [sum(pool.world == world for pool in pools) for world in worlds]
+    head = [f"{world} ({count})" for world, count in zip(worlds, counts, strict=True)]
+    return table(["judging items of a target", "mean over worlds", f"more than {LOST} lost", *head], rows)
+
+
 def rules() -> str:
     """Gain over full SFT of what each rule chooses, mean over pools, seeds and drawn judging items."""
-    pools = [Pool.read(path) for path in sorted((RESULTS / "bakeoff_rules").glob("*.json"))]
+    pools = read_pools()
     worlds = list(dict.fromkeys(pool.world for pool in pools))
     rows = []
     for name, rule in RULES.items():
@@ -125,7 +156,7 @@ def rules() -> str:
 
 def noise() -> str:
     """How far two arms can be told apart: by so many judging items, and by one training each."""
-    pools = [Pool.read(path) for path in sorted((RESULTS / "bakeoff_rules").glob("*.json"))]
+    pools = read_pools()
     errors, trainings = [], []
     for pool in pools:
         for seed, arm in pool.accuracy:

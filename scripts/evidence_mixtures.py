@@ -1,4 +1,4 @@
-"""The rows of experiments/mixtures.py, mixture_curves.py and joint.py in, tables about mixtures out."""
+"""The rows of experiments/mixtures.py, mixture_curves.py, verdicts.py and joint.py in, tables about mixtures out."""
 
 import json
 from functools import cache
@@ -110,6 +110,58 @@ def _curve_cell(rows: list[dict[str, Any]]) -> str:
     ranks = [row["spearman"] for row in rows if row["spearman"] is not None]
     rank = f"{np.mean(ranks):.2f}" if ranks else "none"
     return f"{rank} / {np.mean([row['regret'] / row['spread'] for row in rows]):.2f}" if rows else ""
+
+
+def verdict_rows() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text())["row"] for path in sorted((RESULTS / "verdicts").glob("*.json"))]
+
+
+def verdicts() -> str:
+    """The gain of each pick over uniform shares: as its own runs have it, as confirmed, and as further trainings do."""
+    rows = []
+    for row in verdict_rows():
+        shares = sorted(row["pick"].items(), key=lambda item: -item[1])
+        pick = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
+        cells = ["", "", ""]
+        if "confirmed" in row:
+            delivered = f"{row['delivered']:+.3f} ± {row['delivered error']:.3f}"
+            cells = [_gain(row["chosen"]), _gain(row["confirmed"]), delivered]
+        rows.append([f"{row['world']}, pool {row['seed']}", pick, *cells, row["verdict"]])
+    head = ["world", "pick", "by the runs that chose it", "confirmed", "delivered by four more trainings", "verdict"]
+    return table(head, rows)
+
+
+def _gain(gain: dict[str, Any]) -> str:
+    low, high = gain["interval"]
+    return f"{gain['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def promises() -> str:
+    """Over all confirmed picks: what was promised in the mean, how far off it was, and how often the interval held.
+
+    The error of what was delivered is small against either interval, and not taken off.
+    """
+    found = [row for row in verdict_rows() if "confirmed" in row]
+    delivered = np.array([row["delivered"] for row in found])
+    rows = []
+    for key, name in (("chosen", "by the runs that chose it"), ("confirmed", "confirmed")):
+        promised = np.array([row[key]["mean"] for row in found])
+        low, high = np.array([row[key]["interval"] for row in found]).T
+        trusted = low > 0
+        kept = f"{delivered[trusted].mean():+.3f}" if trusted.any() else ""
+        rows.append(
+            [
+                f"{name} ({len(found)})",
+                f"{promised.mean():+.3f}",
+                f"{delivered.mean():+.3f}",
+                f"{np.sqrt(np.mean((promised - delivered) ** 2)):.3f}",
+                f"{((low <= delivered) & (delivered <= high)).sum()} of {len(found)}",
+                str(trusted.sum()),
+                kept,
+            ]
+        )
+    head = ["gain (pools)", "promised", "delivered", "root mean square error", "intervals that hold it"]
+    return table([*head, "trusted", "delivered by those"], rows)
 
 
 def joint() -> str:
