@@ -235,6 +235,8 @@ def _write_mixture(run: Run, domains: Sequence[str]) -> dict:
         weights = dict(zip(domains, weight_K.tolist(), strict=True))
         run.commit(f"mixture/runs/{number}", [], {**facts, "seconds": 3.5 + number, "weights": weights})
         run.commit(f"mixture/runs/{number}/values", [], {"values": [], "seconds": 0.1})
+    for name in ("0-1", "1-1"):
+        run.commit(f"mixture/confirm/{name}", [], {**facts, "weights": named})
     run.commit("mixture/merged/slopes-0", [], {"losses": [0.1], "seconds": 0.2})
     stability = [{"fraction": 0.5, "weights": named, "moved": 0.1, "spearman": 0.8}]
     run.commit(

@@ -131,6 +131,7 @@ def test_the_price_is_the_sum_of_what_every_stage_noted(folders, three):
     by_stage = {work.stage: work for work in facts.work}
     assert by_stage["experts, one a domain"].seconds == 9.0
     assert by_stage["verification of the mixture"].what == "2 training runs"
+    assert by_stage["confirmation of the pick"].what == "2 training runs"
     assert by_stage["bake-off of selections"].seconds == 0.5 * int(by_stage["bake-off of selections"].what.split()[0])
     assert facts.seconds == sum(work.seconds for work in facts.work)
     assert "of computing" in three.text

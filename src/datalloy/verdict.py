@@ -2,8 +2,8 @@
 
 Two things make the best of a few runs look better than it is: the search, the calibration and the choice were made on
 the same target items, and among trainings of which some were lucky. In the drawn pools of experiments/mixtures.py a
-mixture's gain, as measured on the items and by the training that chose it, was found again on other items after another
-training to little more than a half. So the pick is confirmed: it and uniform weights are trained again from other
+lead of a mixture over the others, measured by one training on half of the items, was found again by another training on
+the other half to less than its half. So the pick is confirmed: it and uniform weights are trained again from other
 seeds, and their gain is read on items that no choice was made on.
 
 The gain's interval then covers the choice of items, by the bootstrap, and the luck of training, by Student's t: the

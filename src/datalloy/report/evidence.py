@@ -38,7 +38,7 @@ def section(facts: RunFacts) -> Section:
     agreement = mixture["agreement"]["spearman"]
     spent = mixture["spent"]
     takeaway = (
-        f"Merged models stood in for mixtures; {spent['runs']} mixtures were really trained to see how well they do. "
+        f"Merged models stood in for mixtures; {spent['runs']} real trainings showed how well they do. "
         f"Rank agreement {correlation_in_words(agreement['value'])} {bracket(agreement['interval'], digits=2)} over "
         f"{agreement['mixtures']} mixtures."
     )

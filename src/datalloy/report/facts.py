@@ -36,6 +36,7 @@ STAGES = (  # of the chain: its name, its units, and what one of them is
     ("experts, one a domain", r"experts/[^/]+", "training run"),
     ("search on merged models", r"mixture/(merged.*|base)", "measurement"),
     (VERIFICATION, r"mixture/runs/[^/]+", "training run"),
+    ("confirmation of the pick", r"mixture/confirm/[^/]+", "training run"),
     ("final training", r"model", "training run"),
     ("evaluation", r"evaluation/(base|model|uniform|merge)", "model"),
     (COMPARISON, r"compare/.+", "training run"),

@@ -128,7 +128,7 @@ def claims(facts: RunFacts) -> Iterator[Claim]:
         yield Claim(what, gain["mean"], gain["interval"], source)
     if "uniform" in facts.others and facts.recipe.evaluation:
         uniform = facts.gain("uniform")
-        what = "the same on items that decided nothing"
+        what = "the same on held-out items"
         yield Claim(what, uniform.mean, uniform.interval, f"{facts.metric}, {uniform.items} {held_out}")
 
 
