@@ -222,6 +222,12 @@ def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
     assert operations["verify"] > 4 * operations["train"]
 
 
+def test_a_dry_run_counts_the_short_models_of_a_bake_off(recipe_path):
+    raced = load_recipe(recipe_path, ["score.method=auto", "select.keep_fraction=auto"])
+    stages = {line.split()[0]: line for line in estimate(raced) if " MB" in line}
+    assert "13 short models on 16 items" in stages["bake-off"]  # eight arms, five finalists; half of the items score
+
+
 def test_mixing_without_a_mixture_section_says_how_to_switch_it_on(recipe_path, tmp_path):
     with pytest.raises(RecipeError, match=r"mixture: \{\}"):
         a_mixing(recipe_path, tmp_path / "run", "mixture=null")

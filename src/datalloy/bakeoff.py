@@ -34,6 +34,7 @@ BEST = 3  # arms of the first round go on to the second
 FINALISTS = BEST + 2  # at most: the full pool and the next larger selection by the best score with them
 LONGER = 3  # times the steps of the first round
 NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
+JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
 MIN_STEPS = 4  # of the first round; fewer tell nothing
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from datalloy import readers, scorers
-from datalloy.config import DataSource, Mixture, Recipe
+from datalloy import bakeoff, readers, scorers
+from datalloy.config import DataSource, Mixture, Recipe, Select
 from datalloy.errors import DataError
 from datalloy.progress import format_duration
 from datalloy.sample import Sample
@@ -37,16 +37,17 @@ class StageCost:
 
 def estimate(recipe: Recipe) -> Iterator[str]:
     """Lines of a table: counts, then operations, time and disk by stage."""
-    pool, targets, held_out = _read(recipe.domains), _read(recipe.targets), _read(recipe.evaluation)
+    pool, held_out = _read(recipe.domains), _read(recipe.evaluation)
+    items = {name: len(_read({name: source})) for name, source in recipe.targets.items()}
     domains = f"{len(pool)} samples in {len(recipe.domains)} domains"
-    yield f"pool: {domains}; targets: {len(targets)} items; held out: {len(held_out)} items"
+    yield f"pool: {domains}; targets: {sum(items.values())} items; held out: {len(held_out)} items"
     proxy = VLM.load(recipe.proxy_model, device=recipe.device)
     tokens, flops_per_second = _measure(proxy, pool, recipe)
     base_parameters = _parameters(proxy if recipe.base == recipe.proxy_model else VLM.load(recipe.base, device="cpu"))
     total = 0.0
     yield f"{tokens:.0f} tokens a sample; this machine trains the proxy at {flops_per_second / 1e9:.1f} GFLOP/s"
     yield f"{'stage':<24}{'operations':>12}{'time':>14}{'disk':>12}"
-    for cost in _stages(recipe, len(pool), len(targets), len(held_out), tokens, _parameters(proxy), base_parameters):
+    for cost in _stages(recipe, len(pool), items, len(held_out), tokens, _parameters(proxy), base_parameters):
         seconds = cost.flops / flops_per_second
         total += seconds
         row = f"{cost.stage:<24}{cost.flops:>12.2e}{format_duration(seconds):>14}{cost.disk_bytes / 1e6:>9.1f} MB"
@@ -59,11 +60,14 @@ def _read(sources: Mapping[str, DataSource]) -> readers.Samples:
 
 
 def _stages(
-    recipe: Recipe, pool: int, targets: int, held_out: int, tokens: float, proxy: int, base: int
+    recipe: Recipe, pool: int, items: Mapping[str, int], held_out: int, tokens: float, proxy: int, base: int
 ) -> Iterator[StageCost]:
     forward, step = 2 * proxy * tokens, 6 * proxy * tokens
-    batch = recipe.train.batch_size
-    used = min(targets, len(recipe.targets) * recipe.score.target_items)
+    batch, targets = recipe.train.batch_size, sum(items.values())
+    generated = recipe.evaluate.max_new_tokens
+    half = 2 if recipe.is_raced else 1
+    scoring = {name: min(count // half, recipe.score.target_items) for name, count in items.items()}
+    used = sum(scoring.values())
     yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
     if set(methods) - {*scorers.BASELINES, *scorers.RATERS}:
@@ -88,12 +92,13 @@ def _stages(
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
     if recipe.is_raced:
-        yield StageCost(
-            "bake-off",
-            recipe.select.bakeoff_epochs * pool * step,
-            0,
-            f"{recipe.select.bakeoff_epochs:g} epochs of the pool",
-        )
+        judging = sum(min(count - scoring[name], bakeoff.JUDGING_ITEMS) for name, count in items.items())
+        runs = _races(methods, recipe.select)
+        training = recipe.select.bakeoff_epochs * pool * step
+        # an item is judged by writing its answer and by the probability of the right one
+        judged = (1 + runs) * judging * 2 * proxy * (2 * tokens + generated)
+        note = f"{recipe.select.bakeoff_epochs:g} epochs of the pool; {runs} short models on {judging} items"
+        yield StageCost("bake-off", training + judged, 0, note)
     seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
     # an adapter saves the gradient of the weights, a third of a step, and is about a hundredth of its base on disk
     factor, disk = (4, 0.04 * base) if recipe.train.adapter == "lora" else (6, 4.0 * base)
@@ -101,8 +106,14 @@ def _stages(
     if recipe.mixture is not None:
         yield from _mixture_stages(recipe, recipe.mixture, seen, training, disk, 2 * base * tokens * targets)
     yield StageCost("train", training, disk, f"{seen / batch:.0f} steps of {batch}")
-    generated = recipe.evaluate.max_new_tokens
     yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
+
+
+def _races(methods: Sequence[str], settings: Select) -> int:
+    """Trainings of the bake-off, both rounds."""
+    fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
+    arms = len(bakeoff.make_arms(methods, fractions))
+    return arms + min(arms, bakeoff.FINALISTS)
 
 
 def _mixture_stages(

@@ -57,7 +57,6 @@ log = logging.getLogger(__name__)
 LENGTHS = "lengths.parquet"
 SHARD = 128  # samples in one unit of scoring: what a kill can cost at most
 MIN_TARGET_ITEMS = 8
-JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
 
 
 class Workflow:
@@ -327,8 +326,8 @@ class Workflow:
         """The items of each target that score samples, or those that judge the bake-off: never the same ones.
 
         At most `score.target_items` of a target score, and where a bake-off follows at most half of them; up to
-        JUDGING_ITEMS of the others judge. The order is that of content hashes, so that it does not depend on the
-        file's.
+        `bakeoff.JUDGING_ITEMS` of the others judge. The order is that of content hashes, so that it does not depend
+        on the file's.
         """
         chosen = {}
         for name, samples in self.targets.items():
@@ -336,7 +335,7 @@ class Workflow:
             scoring = self.recipe.score.target_items
             if self.recipe.is_raced:
                 scoring = min(scoring, len(ordered) // 2)
-            chosen[name] = ordered[:scoring] if part == "score" else ordered[scoring:][:JUDGING_ITEMS]
+            chosen[name] = ordered[:scoring] if part == "score" else ordered[scoring:][: bakeoff.JUDGING_ITEMS]
         return chosen
 
     def _encode(self, vlm: VLM, groups: Mapping[str, Sequence[Sample]]) -> dict[str, EncodedSamples]:
