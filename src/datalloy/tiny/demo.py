@@ -8,6 +8,7 @@ that were all really trained would have found. The recipe is an ordinary one; on
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from datalloy.bakeoff import FULL, Arm
 from datalloy.calibration import TrainedMixtures
 from datalloy.config import load_recipe
+from datalloy.mixing import lay_out_items
 from datalloy.report import write_report
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.scores import Scores
@@ -24,6 +26,7 @@ from datalloy.simplex import grid
 from datalloy.tiny.pools import PoolPlan, read_truth, write_pool
 from datalloy.tiny.world import FAULTS
 from datalloy.uncertainty import bootstrap_interval, mixture_agreement, paired_interval
+from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
 PLAN = PoolPlan(
@@ -103,16 +106,22 @@ def run_demo(folder: Path, seed: int) -> Iterator[str]:
 
 
 def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What a user without merged models would do: train every mixture of a grid and take the best on the targets.
+    """What a user without merged models would do: train every mixture of a grid and take the best on all target items.
 
     Returns how well merged models ranked the grid, and the checkpoints worth measuring on the held-out sets.
     """
     mixing = workflow.mixing
     weight_NK = grid(len(mixing.names), GRID_PARTS)
-    true_NV = np.array([mixing.trained(weight_K) for weight_K in weight_NK])
-    merged_NV = np.array([mixing.merged.all_values(weight_K) for weight_K in weight_NK])
+    items = lay_out_items(mixing.base, mixing.run, workflow.targets, mixing.settings.metric, share_vision=False)
+
+    def measure(weight_K: np.ndarray) -> dict[str, list[float]]:
+        models = {"true": VLM.load(str(mixing.train_on(weight_K))), "merged": mixing.merge.set(weight_K)}
+        return {name: items.values(model).tolist() for name, model in models.items()}
+
+    rows = [mixing.run.once(f"grid/{n}", partial(measure, weight_K)) for n, weight_K in enumerate(weight_NK)]
+    true_NV, merged_NV = (np.array([row[name] for row in rows]) for name in ("true", "merged"))
     trained = TrainedMixtures(
-        tuple(mixing.targets), weight_NK, true_NV, merged_NV, mixing.merged.target_V, np.zeros(len(mixing.targets))
+        tuple(mixing.targets), weight_NK, true_NV, merged_NV, items.target_V, np.zeros(len(mixing.targets))
     )
     true_N, merged_N = (mixing.objective.score(value_NG) for value_NG in (trained.true_NG, trained.merged_NG))
     inner = ~trained.is_vertex_N
@@ -201,7 +210,7 @@ def _mixture_lines(mixture: dict[str, Any]) -> Iterator[str]:
     rank = grid_found["spearman"]
     yield (
         f"merged against trained on the grid: Spearman {rank['value']:.2f} {_bracket(rank['interval'], '.2f')} over "
-        f"{rank['mixtures']} mixtures, by target loss"
+        f"{rank['mixtures']} mixtures, by the targets' items"
     )
 
 
