@@ -82,7 +82,7 @@ def recipe_of(
         settings["domains"] = {name: {"path": f"data/{name}.jsonl"} for name in skills}
         settings["targets"] = {name: {"path": f"data/{name}.target.jsonl"} for name in targets}
     settings["train"] = train
-    settings["mixture"] = {"data": "whole", "metric": "probability", "seed": seed}
+    settings["mixture"] = {"data": "whole", "metric": "probability", "confirm_runs": 1, "seed": seed}
     settings["evaluate"] = {"max_new_tokens": 12, "batch_size": 100}
     path = folder / f"recipe-{train_seed}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "curves": evidence_mixtures.curves,
     "verdicts": evidence_mixtures.verdicts,
     "promises": evidence_mixtures.promises,
+    "training_luck": evidence_mixtures.training_luck,
     "joint": evidence_mixtures.joint,
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>\w+)(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -12,6 +12,7 @@ from evidence_tables import by_pool, difference, table
 
 RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
+DEFAULT_CONFIRMING = "2"  # trainings, as a key of the rows
 SIZES = (0, 1, 2, 3, 4, 6, 8)
 
 
@@ -125,9 +126,9 @@ def verdicts() -> str:
         cells = ["", "", ""]
         if "confirmed" in row:
             delivered = f"{row['delivered']:+.3f} ± {row['delivered error']:.3f}"
-            cells = [_gain(row["chosen"]), _gain(row["confirmed"]), delivered]
-        rows.append([f"{row['world']}, pool {row['seed']}", pick, *cells, row["verdict"]])
-    head = ["world", "pick", "by the runs that chose it", "confirmed", "delivered by four more trainings", "verdict"]
+            cells = [_gain(row["chosen"]), _gain(row["confirmed"][DEFAULT_CONFIRMING]), delivered]
+        rows.append([f"{row['world']}, pool {row['seed']}", pick, *cells])
+    head = ["world", "pick", "by the runs that chose it", "confirmed by two trainings", "delivered by four more"]
     return table(head, rows)
 
 
@@ -143,25 +144,40 @@ def promises() -> str:
     """
     found = [row for row in verdict_rows() if "confirmed" in row]
     delivered = np.array([row["delivered"] for row in found])
+    ways = {"by the runs that chose it": [row["chosen"] for row in found]}
+    for count in found[0]["confirmed"]:
+        ways[f"confirmed by {count}"] = [row["confirmed"][count] for row in found]
     rows = []
-    for key, name in (("chosen", "by the runs that chose it"), ("confirmed", "confirmed")):
-        promised = np.array([row[key]["mean"] for row in found])
-        low, high = np.array([row[key]["interval"] for row in found]).T
+    for name, gains in ways.items():
+        promised = np.array([gain["mean"] for gain in gains])
+        low, high = np.array([gain["interval"] for gain in gains]).T
         trusted = low > 0
-        kept = f"{delivered[trusted].mean():+.3f}" if trusted.any() else ""
         rows.append(
             [
-                f"{name} ({len(found)})",
+                name,
                 f"{promised.mean():+.3f}",
                 f"{delivered.mean():+.3f}",
                 f"{np.sqrt(np.mean((promised - delivered) ** 2)):.3f}",
+                f"{np.mean(high - low) / 2:.3f}",
                 f"{((low <= delivered) & (delivered <= high)).sum()} of {len(found)}",
-                str(trusted.sum()),
-                kept,
+                ", ".join(f"{gain:+.3f}" for gain in delivered[trusted]),
             ]
         )
-    head = ["gain (pools)", "promised", "delivered", "root mean square error", "intervals that hold it"]
-    return table([*head, "trusted", "delivered by those"], rows)
+    head = ["gain over uniform shares", "promised", "delivered", "root mean square error", "half the interval"]
+    return table([*head, "intervals that hold it", "delivered where trusted"], rows)
+
+
+def training_luck() -> str:
+    """How far trainings on one mixture differ on held-out questions, by world."""
+    rows = []
+    found = [row for row in verdict_rows() if "luck" in row]
+    for world in dict.fromkeys(row["world"] for row in found):
+        luck = [row["luck"] for row in found if row["world"] == world]
+        deviation = np.sqrt(max(0.0, float(np.mean([one["variance"] for one in luck]))))
+        correlation = np.sum([one["variance"] for one in luck]) / np.sum([one["of items"] for one in luck])
+        rows.append([f"{world} ({len(luck)})", f"{deviation:.4f}", f"{correlation:.4f}"])
+    head = ["world", "standard deviation between trainings", "correlation of items in it"]
+    return table(head, rows)
 
 
 def joint() -> str:

@@ -41,7 +41,7 @@ evaluation:
   holdout: {path: data/chart.holdout.jsonl}
 score: {method: low_loss}
 select: {keep_fraction: 0.5}
-mixture: {verify_runs: 2, checkpoints: [0.5]}
+mixture: {verify_runs: 2, confirm_runs: 1, checkpoints: [0.5]}
 train: {adapter: none, learning_rate: 5e-4, batch_size: 8, samples: 48}
 evaluate: {max_new_tokens: 4, resamples: 100}
 """

@@ -278,7 +278,7 @@ class Mixture(Section):
         3, description="Mixtures really trained, to calibrate the search and to choose; half of the target items judge."
     )
     confirm_runs: Annotated[int, Field(ge=0)] = Field(
-        1, description="Further trainings of the pick and of uniform shares each, which the verdict rests on."
+        2, description="Further trainings of the pick and of uniform shares each, which the verdict rests on."
     )
     guard_rails: dict[Name, NotNegative] = Field(
         default_factory=dict, description="How far a target may fall below the base, in its metric's unit."
