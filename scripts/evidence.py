@@ -41,6 +41,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "picks": evidence_mixtures.picks,
     "ceiling": evidence_mixtures.ceiling,
     "curves": evidence_mixtures.curves,
+    "found_again": evidence_mixtures.found_again,
+    "fewer_items": evidence_mixtures.fewer_items,
     "verdicts": evidence_mixtures.verdicts,
     "promises": evidence_mixtures.promises,
     "training_luck": evidence_mixtures.training_luck,

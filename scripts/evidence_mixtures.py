@@ -1,6 +1,7 @@
 """The rows of experiments/mixtures.py, mixture_curves.py, verdicts.py and joint.py in, tables about mixtures out."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,10 @@ def picks() -> str:
                     weights,
                     *cells,
                     f"{(best - pick['probability']) / best:+.1%}",
-                    row["advice"]["verdict"],
                 ]
             )
     head = ["world", "pick", "trained on the pick", "best mixture trained", "uniform", "best expert"]
-    return table([*head, "short of the best", "verdict"], rows)
+    return table([*head, "short of the best"], rows)
 
 
 def ceiling() -> str:
@@ -130,6 +130,27 @@ def verdicts() -> str:
         rows.append([f"{row['world']}, pool {row['seed']}", pick, *cells])
     head = ["world", "pick", "by the runs that chose it", "confirmed by two trainings", "delivered by four more"]
     return table(head, rows)
+
+
+def found_again() -> str:
+    """The lead of a mixture by one training on half of the items, and what another training gives on the other half."""
+    return _means("again", "measure", ("slope", "correlation", "slope of marks", "correlation with marks"))
+
+
+def fewer_items() -> str:
+    """Regret of the merge's pick by so many items of each target."""
+    return _means("items", "items of a target", ("regret",))
+
+
+def _means(part: str, key: str, columns: Sequence[str]) -> str:
+    """Means over pools and trainings of a part of mixture_curves.json, by world and key."""
+    found = json.loads((RESULTS / "mixture_curves.json").read_text())[part]
+    rows = []
+    for world, value in dict.fromkeys((row["world"], row[key]) for row in found):
+        same = [row for row in found if (row["world"], row[key]) == (world, value)]
+        cells = [f"{np.mean([row[column] for row in same]):.3f}" for column in columns]
+        rows.append([world.replace("_", " "), str(value).replace("_", " "), *cells])
+    return table(["world", key, *columns], rows)
 
 
 def _gain(gain: dict[str, Any]) -> str:
