@@ -1,8 +1,9 @@
 """The rows of experiments/bakeoff_rules.py in, what rules of the bake-off would have chosen out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,21 +75,22 @@ class Pool:
         seeds = tuple(dict.fromkeys(row["train_seed"] for row in found["rows"]))
         return cls(found["world"], np.array(found["target"]), values, accuracy, seeds)
 
-    def gains(self, rule: Rule, judging: int = JUDGING) -> list[float]:
-        """What the rule's choice gains on the full pool, by trainings from other seeds than the one that chose.
+    def gains(self, rule: Rule, judging: int = JUDGING, trainings: int = 1) -> list[float]:
+        """What the rule's choice gains on the full pool, by trainings from other seeds than those that chose.
 
-        `judging`: so many items of each target are drawn to judge by.
+        `judging`: so many items of each target are drawn to judge by. `trainings`: from so many seeds every run of the
+        race is trained, and its values are their means.
         """
         found = []
-        for seed in self.seeds:
-            rng = np.random.default_rng(seed)
+        for seeds in combinations(self.seeds, trainings):
+            rng = np.random.default_rng(seeds[0])
             for _ in range(DRAWS):
                 items = [rng.choice(np.flatnonzero(self.target_V == n), judging, replace=False) for n in (0, 1)]
-                chosen = self.chosen(rule, seed, np.concatenate(items))
-                found.append(self.elsewhere(chosen, seed) - self.elsewhere(FULL, seed))
+                chosen = self.chosen(rule, seeds, np.concatenate(items))
+                found.append(self.elsewhere(chosen, seeds) - self.elsewhere(FULL, seeds))
         return found
 
-    def chosen(self, rule: Rule, seed: int, item_V: np.ndarray) -> Arm:
+    def chosen(self, rule: Rule, seeds: Sequence[int], item_V: np.ndarray) -> Arm:
         if len(rule.arms) == 1:
             return rule.arms[0]
         constants = {"BEST": rule.best, "FINALISTS": rule.best + 2, "NEARLY_TIED": rule.nearly_tied}
@@ -96,7 +98,7 @@ class Pool:
         with patch.multiple(bakeoff, **constants, _margins=lambda *_: (), _margin=lambda *_: None):
             outcome = bakeoff.race(
                 rule.arms,
-                lambda arm, _, number: self.value_V[seed, arm, number][item_V],
+                lambda arm, _, number: np.mean([self.value_V[seed, arm, number][item_V] for seed in seeds], axis=0),
                 base_V=np.zeros(len(item_V)),
                 weight_V=np.full(len(item_V), 1 / len(item_V)),
                 budget_steps=10**6,
@@ -105,9 +107,9 @@ class Pool:
             )
         return outcome.winner
 
-    def elsewhere(self, arm: Arm, seed: int) -> float:
-        """Held-out accuracy of the arm, mean over the trainings from other seeds than the one that chose."""
-        return float(np.mean([self.accuracy[other, arm] for other in self.seeds if other != seed]))
+    def elsewhere(self, arm: Arm, seeds: Sequence[int]) -> float:
+        """Held-out accuracy of the arm, mean over the trainings from other seeds than those that chose."""
+        return float(np.mean([self.accuracy[other, arm] for other in self.seeds if other not in seeds]))
 
 
 def read_pools(*, further: bool = False) -> list[Pool]:
@@ -117,24 +119,30 @@ def read_pools(*, further: bool = False) -> list[Pool]:
 
 
 def judging_items() -> str:
-    """Gain over full SFT of what the default race chooses, by the number of items of each target that judge it."""
+    """Gain over full SFT of what the default race chooses, by judging items of a target and trainings of a run."""
     pools = read_pools(further=True)
     worlds = list(dict.fromkeys(pool.world for pool in pools))
     rule = RULES["**OST and low loss raced**"]
     available = int(np.bincount(pools[0].target_V).min())
     rows = []
-    for judging in (count for count in (16, 32, 64, 128, 256) if count <= available):
-        gains = {world: np.concatenate([p.gains(rule, judging) for p in pools if p.world == world]) for world in worlds}
-        lost = np.mean(np.concatenate(list(gains.values())) < -LOST)
-        means = [found.mean() for found in gains.values()]
-        rows.append(
-            [str(judging), f"{np.mean(means):+.3f}", f"{100 * lost:.0f} %", *(f"{mean:+.3f}" for mean in means)]
-        )
+    seeds = min(len(pool.seeds) for pool in pools)
+    for trainings, judging in product(range(1, seeds), (16, 32, 64, 128, 256)):
+        if judging <= available:
+            gains = {
+                world: np.concatenate([p.gains(rule, judging, trainings) for p in pools if p.world == world])
+                for world in worlds
+            }
+            lost = np.mean(np.concatenate(list(gains.values())) < -LOST)
+            means = [found.mean() for found in gains.values()]
+            cells = [f"{np.mean(means):+.3f}", f"{100 * lost:.0f} %", *(f"{mean:+.3f}" for mean in means)]
+            rows.append([str(trainings), str(judging), *cells])
     best = best_arms(pools, worlds)
-    rows.append(["the best arm, known afterwards", f"{np.mean(best):+.3f}", "", *(f"{mean:+.3f}" for mean in best)])
+    told = ["", "the best arm, known afterwards"]
+    rows.append([*told, f"{np.mean(best):+.3f}", "", *(f"{mean:+.3f}" for mean in best)])
     counts = [sum(pool.world == world for pool in pools) for world in worlds]
     head = [f"{world} ({count})" for world, count in zip(worlds, counts, strict=True)]
-    return table(["judging items of a target", "mean over worlds", f"more than {LOST} lost", *head], rows)
+    asked = ["trainings of a run", "judging items of a target", "mean over worlds", f"more than {LOST} lost"]
+    return table([*asked, *head], rows)
 
 
 def rules() -> str:
