@@ -35,7 +35,6 @@ from datalloy.surrogates.mixmin import MixMin
 
 RUNS = (1, 2, 3, 4, 6, 8, 12)
 DRAWS = 20
-SPLITS = 100  # of the items into those that measure and those that judge
 FEWER_DRAWS = 3  # of the regressions that tune trees: seconds a fit
 SLOW = ("regmix_tuned", "gaussian_process")
 METRICS = ("probability", "loss", "exact_match")
@@ -146,11 +145,17 @@ def _fit(make: Callable[[], Any], trained: TrainedMixtures, seen: np.ndarray) ->
     return surrogate.predict(trained.weight_NK)
 
 
+def targets_of(row: dict[str, Any], values: dict[str, np.ndarray]) -> np.ndarray:
+    """The target of each item, [V]: the same number of items each, one target after the other."""
+    targets = len(row["values"]["true:loss"][0])
+    return np.repeat(np.arange(targets), values["true:loss"].shape[1] // targets)
+
+
 def cases(row: dict[str, Any], metrics: Sequence[str], run: Path, other: Path | None) -> Iterator[tuple[str, Case]]:
     """The design of a run by these metrics, judged by another run's trainings where there is one."""
     values = load(run)
     judged = load(other) if other else values
-    target_V = _targets(row, values)
+    target_V = targets_of(row, values)
     targets = int(target_V.max()) + 1
     for metric in metrics:
         true_NV, judged_NV = values[f"true:{metric}"], judged[f"true:{metric}"]
@@ -162,74 +167,6 @@ def cases(row: dict[str, Any], metrics: Sequence[str], run: Path, other: Path | 
         yield metric, Case(trained, judged_NG.mean(axis=1), seed_sd_G if other else None)
 
 
-def found_again(values: dict[str, np.ndarray], other: dict[str, np.ndarray], row: dict[str, Any]) -> Iterator[dict]:
-    """How much of what one training measures on half of the items another training gives on the other half.
-
-    Slope and correlation over the inner mixtures of their lead over the mean mixture; also with the lead in marks.
-    """
-    inner_N = np.array(row["weights"]).max(axis=1) < 1
-    measures = {
-        name: [_measured(v, name)[inner_N] for v in (values, other)] for name in ("probability", "exact_match", "both")
-    }
-    target_V = _targets(row, values)
-    for name, (true_NV, other_NV) in measures.items():
-        leads: dict[str, list[np.ndarray]] = {"here": [], "again": [], "marks again": []}
-        for half_V in _splits(target_V, 0.5):
-            leads["here"].append(_lead(true_NV[:, half_V[0]]))
-            leads["again"].append(_lead(other_NV[:, half_V[1]]))
-            leads["marks again"].append(_lead(measures["exact_match"][1][:, half_V[1]]))
-        here, again, marks = (np.concatenate(found) for found in leads.values())
-        yield {
-            "measure": name,
-            "slope": float(np.polyfit(here, again, 1)[0]),
-            "correlation": float(np.corrcoef(here, again)[0, 1]),
-            "slope of marks": float(np.polyfit(here, marks, 1)[0]),
-            "correlation with marks": float(np.corrcoef(here, marks)[0, 1]),
-        }
-
-
-def fewer_items(values: dict[str, np.ndarray], other: dict[str, np.ndarray], row: dict[str, Any]) -> Iterator[dict]:
-    """Regret of the merge's pick by the probability of fewer items, judged by both trainings on a third apart."""
-    inner_N, target_V = np.array(row["weights"]).max(axis=1) < 1, _targets(row, values)
-    merged_NV = values["merged:probability"][inner_N]
-    true_NV = (values["true:probability"] + other["true:probability"])[inner_N] / 2
-    regrets: dict[float, list[float]] = {share: [] for share in (1.0, 0.5, 0.25)}
-    for judging_V, rest_V in _splits(target_V, 1 / 3):
-        true_N = true_NV[:, judging_V].mean(axis=1)
-        for share, found in regrets.items():
-            seen_V = rest_V[: round(share * len(rest_V))]
-            found.append(float(true_N.max() - true_N[merged_NV[:, seen_V].mean(axis=1).argmax()]))
-    items = len(target_V) * 2 / 3 / len(np.unique(target_V))
-    for share, found in regrets.items():
-        yield {"items of a target": round(share * items), "regret": float(np.mean(found))}
-
-
-def _measured(values: dict[str, np.ndarray], measure: str) -> np.ndarray:
-    if measure == "both":
-        return (values["true:probability"] + values["true:exact_match"]) / 2
-    return values[f"true:{measure}"]
-
-
-def _targets(row: dict[str, Any], values: dict[str, np.ndarray]) -> np.ndarray:
-    targets = len(row["values"]["true:loss"][0])
-    return np.repeat(np.arange(targets), values["true:loss"].shape[1] // targets)
-
-
-def _lead(value_NV: np.ndarray) -> np.ndarray:
-    mean_N = value_NV.mean(axis=1)
-    return mean_N - mean_N.mean()
-
-
-def _splits(target_V: np.ndarray, share: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Items dealt to two parts, the first with this share of every target; in the second targets take turns."""
-    rng = np.random.default_rng(0)
-    for _ in range(SPLITS):
-        drawn = [rng.permutation(np.flatnonzero(target_V == g)) for g in np.unique(target_V)]
-        first = np.concatenate([items[: round(share * len(items))] for items in drawn])
-        rest = np.stack([items[round(share * len(items)) :] for items in drawn], axis=1).ravel()
-        yield first, rest
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files written by mixtures.py")
@@ -239,8 +176,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/mixture_curves.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    again: list[dict[str, Any]] = []
-    items: list[dict[str, Any]] = []
     for path in args.results:
         result = json.loads(path.read_text())
         about = {name: result[name] for name in ("world", "base", "adapter")}
@@ -248,17 +183,12 @@ def main() -> None:
             seeds = row["seed"], row["train_seed"]
             others = [r["train_seed"] for r in result["rows"] if r["seed"] == seeds[0] and r["train_seed"] != seeds[1]]
             runs = [run_folder(args.runs, *about.values(), seeds[0], train_seed) for train_seed in (seeds[1], *others)]
-            which = {**about, "seed": seeds[0], "train_seed": seeds[1]}
-            if others:
-                both = load(runs[0]), load(runs[1])
-                again += [{**which, **found} for found in found_again(*both, row)]
-                items += [{**which, **found} for found in fewer_items(*both, row)]
             for metric, case in cases(row, args.metrics, runs[0], runs[1] if others else None):
                 spread = float(np.ptp(case.judged_N[case.inner]))
-                case_of = {**which, "metric": metric, "spread": spread}
-                rows += [{**case_of, **found} for found in curves(case, seeds[0], args.regressions)]
+                which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
+                rows += [{**which, **found} for found in curves(case, seeds[0], args.regressions)]
             print(path.name, *seeds, flush=True)
-    write_json(args.out, {"rows": rows, "again": again, "items": items, **provenance()})
+    write_json(args.out, {"rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

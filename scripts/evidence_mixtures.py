@@ -143,8 +143,8 @@ def fewer_items() -> str:
 
 
 def _means(part: str, key: str, columns: Sequence[str]) -> str:
-    """Means over pools and trainings of a part of mixture_curves.json, by world and key."""
-    found = json.loads((RESULTS / "mixture_curves.json").read_text())[part]
+    """Means over pools and trainings of a part of found_again.json, by world and key."""
+    found = json.loads((RESULTS / "found_again.json").read_text())[part]
     rows = []
     for world, value in dict.fromkeys((row["world"], row[key]) for row in found):
         same = [row for row in found if (row["world"], row[key]) == (world, value)]
