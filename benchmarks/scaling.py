@@ -4,8 +4,8 @@
 
 Drawn samples of the embedded model's world; above a thousand, the same thousand pictures are asked about again under
 other ids. Everything that scoring does for a sample is done: picture decoded, text rendered and split, calibrated
-utility, shard by shard with the next shard read ahead. Each size runs in a process of its
-own. About half an hour of one core, nearly all of it for the largest.
+utility, shard by shard with the next shard read ahead. Each size runs in a process of its own. About half an hour of
+one core, nearly all of it for the largest.
 """
 
 import argparse
