@@ -69,7 +69,7 @@ def open_page(browser: Chromium, origin: str, width: int = 1280, scheme: str = "
     browser.open("about:blank")  # a change of the part behind # alone loads nothing
     browser.open(f"{origin}/#{token}", width=width, scheme=scheme)
     if token:
-        until(browser, "document.body.dataset.ready === 'yes'")
+        until(browser, "document.body?.dataset.ready === 'yes'")
         until(browser, "[...document.querySelectorAll('td img')].every(i => i.naturalWidth > 0)")
 
 
