@@ -3,6 +3,7 @@
     python experiments/mixtures.py --world drawn3 --seeds 0 1 2
     python experiments/mixtures.py --world two_of_three --seeds 0 1 2 --retrained
     python experiments/mixtures.py --world packs --data FOLDER_WITH_UNPACKED_PACKS --seeds 0 1 2
+    python experiments/mixtures.py --world two_of_three --seeds 0 1 2 --budget 0.1
 
 After the mixture paper's tables (arXiv 2602.04937): for K = 2 and 3 the 7 and 21 inner points of the lattice of step
 1/8, for K = 4 twenty Dirichlet draws (ten for the packs) and uniform weights; every one of them is really trained for
@@ -11,7 +12,8 @@ right answer and by exact match on the same target items. Beside it `datalloy ve
 with three real runs of its own and one that confirms, and its pick is held against the best of the grid. In the worlds
 `two_of_...` only two of the domains have a target, so that there is something to find. `--retrained` trains everything
 a second time from another seed on the same pool: how far one training agrees with the next is the most that any
-prediction can reach. Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py
+prediction can reach. `--budget` trains everything, experts and mixtures, for that share of the steps: do cheap experts
+tell what a full training would do? Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py
 goes on from the run folders.
 """
 
@@ -55,9 +57,10 @@ RESAMPLES = 2000
 
 
 def recipe_of(
-    world: str, base: str, seed: int, train_seed: int, folder: Path, data: Path | None, adapter: str
+    world: str, base: str, seed: int, train_seed: int, run: Path, data: Path | None, adapter: str, budget: float
 ) -> Recipe:
-    """The recipe of a world, written and read like any other: all samples, one target a domain."""
+    """The recipe of a world, written beside the run folder and read like any other: all samples, one target a domain."""
+    folder = run.parent
     settings: dict[str, Any] = {"name": f"{world}-{adapter}", "max_rejected_fraction": 0.05}
     settings["base"] = base_path(base, folder.parent)
     train = {**TRAIN, "seed": train_seed, "adapter": adapter}
@@ -81,10 +84,10 @@ def recipe_of(
             )
         settings["domains"] = {name: {"path": f"data/{name}.jsonl"} for name in skills}
         settings["targets"] = {name: {"path": f"data/{name}.target.jsonl"} for name in targets}
-    settings["train"] = train
+    settings["train"] = {**train, "samples": round(budget * train["samples"])}
     settings["mixture"] = {"data": "whole", "metric": "probability", "confirm_runs": 1, "seed": seed}
     settings["evaluate"] = {"max_new_tokens": 12, "batch_size": 100}
-    path = folder / f"recipe-{train_seed}.yaml"
+    path = folder / f"{run.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump_yaml(settings))
     return load_recipe(path)
@@ -153,15 +156,19 @@ def _mean_of_targets(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
     return np.stack([value_NV[:, target_V == g].mean(axis=1) for g in np.unique(target_V)], axis=1).mean(axis=1)
 
 
-def run_folder(runs: Path, world: str, base: str, adapter: str, seed: int, train_seed: int) -> Path:
-    return runs / f"{world}-{base}-{adapter}-{seed}" / f"run-{train_seed}"
+def run_folder(
+    runs: Path, world: str, base: str, adapter: str, seed: int, train_seed: int, budget: float = 1
+) -> Path:
+    """Runs of one pool lie side by side, whatever they are trained for."""
+    name = f"run-{train_seed}" if budget == 1 else f"run-{train_seed}-budget-{budget:g}"
+    return runs / f"{world}-{base}-{adapter}-{seed}" / name
 
 
 def run_seed(
-    world: str, base: str, seed: int, train_seed: int, runs: Path, data: Path | None, adapter: str
+    world: str, base: str, seed: int, train_seed: int, runs: Path, data: Path | None, adapter: str, budget: float
 ) -> dict[str, Any]:
-    folder = run_folder(runs, world, base, adapter, seed, train_seed)
-    with Run(recipe_of(world, base, seed, train_seed, folder.parent, data, adapter), folder) as run:
+    folder = run_folder(runs, world, base, adapter, seed, train_seed, budget)
+    with Run(recipe_of(world, base, seed, train_seed, folder, data, adapter, budget), folder) as run:
         workflow = Workflow(run)
         mixing = workflow.mixing
         measured = Measured(workflow)
@@ -211,19 +218,22 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=1.0, help="share of the steps that everything is trained for")
     parser.add_argument("--retrained", action="store_true", help="train everything once more, from another seed")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress.show(True)
     again = (0, OTHER_SEED) if args.retrained else (0,)
     rows = [
-        run_seed(args.world, args.base, seed, seed + more, args.runs, args.data, args.adapter)
+        run_seed(args.world, args.base, seed, seed + more, args.runs, args.data, args.adapter, args.budget)
         for seed in args.seeds
         for more in again
     ]
-    name = f"{args.world}_{args.base}" if args.adapter == "none" else f"{args.world}_{args.base}_lora"
+    name = f"{args.world}_{args.base}" + ("" if args.adapter == "none" else "_lora")
+    if args.budget != 1:
+        name += f"_budget_{args.budget:g}"
     out = args.out or Path("experiments/results") / f"mixtures_{name}.json"
-    about = {"world": args.world, "base": args.base, "adapter": args.adapter}
+    about = {"world": args.world, "base": args.base, "adapter": args.adapter, "budget": args.budget}
     write_json(out, {**about, "rows": rows, **provenance()})
     for row in rows:
         for metric, found in row["agreement"].items():

@@ -2,8 +2,8 @@
 
     python scripts/run_packs.py --data FOLDER --out experiments/results/packs.json --seeds 0 1 2
 
-For every seed: `examples/packs.yaml` end to end, and beside it the full pool, a random half and the low-loss half,
-trained at equal compute. Resumable: run the same command again.
+For every seed: `examples/packs.yaml` end to end, and beside it the full pool, a random half, and the half and the four
+fifths of lowest loss, trained at equal compute. Resumable: run the same command again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ARMS = {
     "full": FULL,
     "random 50 %": Arm("random", 0.5, "domain"),
     "low loss 50 %": Arm("low_loss", 0.5, "domain"),
-    "tail 50 %": Arm("tail", 0.5, "domain"),
+    "low loss 80 %": Arm("low_loss", 0.8, "domain"),
 }
 
 
