@@ -13,8 +13,8 @@ with three real runs of its own and one that confirms, and its pick is held agai
 `two_of_...` only two of the domains have a target, so that there is something to find. `--retrained` trains everything
 a second time from another seed on the same pool: how far one training agrees with the next is the most that any
 prediction can reach. `--budget` trains everything, experts and mixtures, for that share of the steps: do cheap experts
-tell what a full training would do? Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py
-goes on from the run folders.
+tell what a full training would do? Resumable: run the same command again. One JSON a world in experiments/results;
+mixture_curves.py goes on from the run folders.
 """
 
 import argparse
@@ -59,7 +59,7 @@ RESAMPLES = 2000
 def recipe_of(
     world: str, base: str, seed: int, train_seed: int, run: Path, data: Path | None, adapter: str, budget: float
 ) -> Recipe:
-    """The recipe of a world, written beside the run folder and read like any other: all samples, one target a domain."""
+    """The recipe of a world, written beside the run folder: all samples, one target a domain."""
     folder = run.parent
     settings: dict[str, Any] = {"name": f"{world}-{adapter}", "max_rejected_fraction": 0.05}
     settings["base"] = base_path(base, folder.parent)
