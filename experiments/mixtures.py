@@ -156,9 +156,7 @@ def _mean_of_targets(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
     return np.stack([value_NV[:, target_V == g].mean(axis=1) for g in np.unique(target_V)], axis=1).mean(axis=1)
 
 
-def run_folder(
-    runs: Path, world: str, base: str, adapter: str, seed: int, train_seed: int, budget: float = 1
-) -> Path:
+def run_folder(runs: Path, world: str, base: str, adapter: str, seed: int, train_seed: int, budget: float = 1) -> Path:
     """Runs of one pool lie side by side, whatever they are trained for."""
     name = f"run-{train_seed}" if budget == 1 else f"run-{train_seed}-budget-{budget:g}"
     return runs / f"{world}-{base}-{adapter}-{seed}" / name
