@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "agreement": evidence_mixtures.agreement,
     "picks": evidence_mixtures.picks,
     "ceiling": evidence_mixtures.ceiling,
+    "budgets": evidence_mixtures.budgets,
     "curves": evidence_mixtures.curves,
     "found_again": evidence_mixtures.found_again,
     "fewer_items": evidence_mixtures.fewer_items,

@@ -15,11 +15,14 @@ RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
 DEFAULT_CONFIRMING = "2"  # trainings, as a key of the rows
 SIZES = (0, 1, 2, 3, 4, 6, 8)
+WAYS = ("merged", "trained")
 
 
 @cache
-def mixture_results() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mixtures_*.json"))]
+def mixture_results(cheaper: bool = False) -> list[dict[str, Any]]:
+    """Of experts and mixtures that were trained for the full number of steps, or for a share of it."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mixtures_*.json"))]
+    return [result for result in results if (result.get("budget", 1) < 1) == cheaper]
 
 
 def named(result: dict[str, Any]) -> str:
@@ -92,6 +95,44 @@ def ceiling() -> str:
                     )
     head = ["world", "metric", "training with training", "first merge with each training", "with their mean"]
     return table(head, rows)
+
+
+def budgets(metric: str) -> str:
+    """Merged and trained for a share of the steps, against the mean of the full trainings of the same pool.
+
+    Spearman of the mean over inner mixtures / regret of the best, as a share of best minus worst; means over pools.
+    """
+    full = {}
+    for result in mixture_results():
+        for row in result["rows"]:
+            full.setdefault((named(result), row["seed"]), []).append(row)
+    ways: dict[tuple[str, float], dict[str, list[tuple[float, float]]]] = {}
+    for result in mixture_results(cheaper=True):
+        for row in result["rows"]:
+            rows = full[named(result), row["seed"]]
+            truth_N = np.mean([_means_of(r, f"true:{metric}") for r in rows], axis=0)
+            for share, tried in ((result["budget"], row), (1.0, rows[0])):
+                for way in ("merged", "trained"):
+                    if way == "trained" and share == 1:
+                        continue  # a part of the truth itself
+                    value_N = _means_of(tried, f"{'true' if way == 'trained' else way}:{metric}")
+                    found = ways.setdefault((named(result), share), {}).setdefault(way, [])
+                    found.append((rank_agreement(value_N, truth_N), _regret(value_N, truth_N)))
+    shown = []
+    for (world, share), by_way in sorted(ways.items()):
+        cells = ["{:.2f} / {:.2f}".format(*np.mean(by_way[way], axis=0)) if way in by_way else "" for way in WAYS]
+        shown.append([world, f"{share:.0%}", *cells])
+    return table(["world", "share of the steps", "merged", "every mixture trained"], shown)
+
+
+def _means_of(row: dict[str, Any], name: str) -> np.ndarray:
+    """Mean over targets of the inner mixtures."""
+    inner = np.array(row["weights"]).max(axis=1) < 1
+    return np.array(row["values"][name])[inner].mean(axis=1)
+
+
+def _regret(value_N: np.ndarray, truth_N: np.ndarray) -> float:
+    return float((truth_N.max() - truth_N[value_N.argmax()]) / np.ptp(truth_N))
 
 
 def curves(metric: str, world: str) -> str:

@@ -156,6 +156,16 @@ def test_result_does_not_depend_on_the_micro_batch(micro_batch_size, untrained, 
     )
 
 
+def test_the_samples_of_a_step_go_through_the_model_by_length(vlm, encoded, monkeypatch):
+    asked, collate = [], vlm.collate
+    monkeypatch.setattr(vlm, "collate", lambda items: asked.append([item.length for item in items]) or collate(items))
+    train(vlm, encoded, changed(FULL, micro_batch_size=3), None, steps=2)
+    for parts in (asked[:3], asked[3:]):
+        assert [len(part) for part in parts] == [3, 3, 2]
+        lengths = [length for part in parts for length in part]
+        assert lengths == sorted(lengths)
+
+
 def test_tokens_and_operations_are_counted_over_all_epochs(vlm, encoded):
     trained = train(vlm, encoded[:4], changed(FULL, freeze_vision=False), None, steps=3)
     assert trained.tokens_seen == 6 * sum(item.length for item in encoded[:4])

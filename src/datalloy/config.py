@@ -230,7 +230,9 @@ class Train(Section):
     rank: Count = Field(16, description="LoRA rank; alpha is twice the rank.")
     learning_rate: Positive = 2e-5
     batch_size: Count = Field(128, description="Samples per optimiser step.")
-    micro_batch_size: Count | None = Field(None, description="Samples per forward pass; default: the whole batch.")
+    micro_batch_size: Count | None = Field(
+        None, description="Samples per forward pass; default: at most 16, which leaves little padding."
+    )
     protocol: Literal["fixed_compute", "fixed_epochs"] = Field(
         "fixed_compute",
         description="fixed_compute: `samples` samples whatever was kept. fixed_epochs: `epochs` passes.",

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 
 MAX_GRADIENT_NORM = 1.0  # of the Trainer and of every trainer that recipes are exported to
 IDENTITY_SAMPLES = 64  # whose tokens a checkpoint is recognised by; all would have to be encoded for that alone
+MICRO_BATCH = 16  # where the recipe names none: below a tenth is padding, and most machines have the memory
 CHECKPOINT_SECONDS = 300.0  # the most work that a kill can cost; shorter runs keep no checkpoint
 NOT_IN_IDENTITY = {"micro_batch_size", "gradient_checkpointing", "report_to"}  # change no result beyond rounding
 
@@ -417,8 +418,8 @@ def _run_trainer(
         trainer = transformers.Trainer(
             model=module,
             args=_training_arguments(vlm, settings, len(parts) // crew.count, crew, out or Path(nowhere)),
-            train_dataset=[batch[part] for batch in batches for part in parts],
-            data_collator=lambda items: vlm.collate([encoded[i] for i in items[0]]),
+            train_dataset=[(step, part) for step in range(len(batches)) for part in range(len(parts))],
+            data_collator=_MicroBatches(vlm, encoded, batches, parts, crew.count),
             optimizers=(optimizer, schedule),
             callbacks=[_Follower(attempt, len(batches), settings.seed, crew, module, checkpoint, milestones)],
         )
@@ -439,10 +440,11 @@ def _old_objects_uncollected() -> Iterator[None]:
 def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int) -> list[slice]:
     """The parts of a batch that go through the model at once, as many for each process, part by part in turn.
 
-    In one process all but the last have `micro_batch_size`; in several none is larger and sizes differ by one at most.
+    In one process all but the last have `micro_batch_size`, MICRO_BATCH where that is None; in several none is larger
+    and sizes differ by one at most.
     Raises RecipeError where a process would be left without a sample.
     """
-    micro = min(micro_batch_size or batch_size, batch_size)
+    micro = min(micro_batch_size or MICRO_BATCH, batch_size)
     if processes == 1:
         return [slice(start, min(start + micro, batch_size)) for start in range(0, batch_size, micro)]
     count = processes * math.ceil(math.ceil(batch_size / processes) / micro)
@@ -453,6 +455,34 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int)
         )
     ends = [round(batch_size * part / count) for part in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+class _MicroBatches:
+    """Makes the Trainer's inputs: the part of a step's batch that goes through the model at once.
+
+    Samples of like length come together: what a process has of a batch is laid out by length before it is cut. The
+    step is the same, for it is the sum over samples; the padding is not. Micro-batches have to be asked for in turn.
+    """
+
+    def __init__(
+        self, vlm: VLM, encoded: Sequence[Encoded], batches: np.ndarray, parts: Sequence[slice], processes: int
+    ) -> None:
+        self.vlm, self.encoded, self.batches, self.parts, self.processes = vlm, encoded, batches, parts, processes
+        self._cut: tuple[tuple[int, int], list[list[Encoded]]] | None = None  # of the last step and process
+
+    def __call__(self, items: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        step, part = items[0]
+        number, process = divmod(part, self.processes)
+        if self._cut is None or self._cut[0] != (step, process):
+            self._cut = (step, process), self._lay_out(step, process)
+        return self.vlm.collate(self._cut[1][number])
+
+    def _lay_out(self, step: int, process: int) -> list[list[Encoded]]:
+        own = self.parts[process :: self.processes]
+        samples = [self.encoded[i] for part in own for i in self.batches[step][part]]
+        samples.sort(key=lambda sample: sample.length)
+        left = iter(samples)
+        return [list(itertools.islice(left, part.stop - part.start)) for part in own]
 
 
 def _training_arguments(
