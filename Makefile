@@ -48,11 +48,14 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/trained.py --worlds noisy
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/viewer.py
 	$(BIN)/python experiments/candidate_cost.py --out experiments/results/candidate_cost.json
 	$(BIN)/python benchmarks/merging.py $(if $(MERGEKIT),--mergekit $(MERGEKIT)) --out benchmarks/results/merging.json
+	$(BIN)/python benchmarks/merging.py --dtypes float32 --turns 3 --width 2048 --layers 9 --out benchmarks/results/merging_large.json
 	$(if $(PEERS),$(PEERS),$(BIN))/python benchmarks/peers.py --out benchmarks/results/peers.json
 
 evidence: setup

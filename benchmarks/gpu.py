@@ -5,9 +5,10 @@
 
 Architecture-true Qwen2.5-VL-3B or Qwen3-VL-4B with random weights, drawn pictures of 448 pixels and answers of about
 twenty words. Measured: one training epoch (forward, backward, AdamW; bfloat16 autocast on float32 weights), one
-directional derivative, calibrated utility with three items replayed (float32 steps), and the forward
-passes behind an evaluation. For each: samples a second, share of the matrix peak that this run measured, peak memory.
-Operations are counted as 2 a parameter and token forward and 6 for training. Medians of five turns.
+directional derivative, calibrated utility as it is by default in both precisions and with three items replayed
+(float32 steps), and the forward passes behind an evaluation. For each: samples a second, share of the matrix peak that
+this run measured, peak memory. Operations are counted as 2 a parameter and token forward and 6 for training. Medians of
+five turns.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 import transformers
 
 import models
+from datalloy.config import Precision
 from datalloy.encoding import length_batches
 from datalloy.run import write_json
 from datalloy.scorers.first_order import FiniteDifferenceScorer
@@ -199,22 +201,25 @@ def _stages(
     steppable, rule = Steppable(list(vlm.decoder_layers().parameters())), StepRule("sgd")
     size = len(batches[0])
     derivative = FiniteDifferenceScorer(vlm, items, steppable, rule=rule, step=1.0, batch_size=size)
-    taps = Taps(vlm)
     few = {"a": [check], "b": [check, check]}
-    replay = Replay(taps, TargetItems.lay_out(vlm, few, dict.fromkeys(few, 1.0)), check)
+    replay = Replay(Taps(vlm), TargetItems.lay_out(vlm, few, dict.fromkeys(few, 1.0)), check)
 
-    def calibrated() -> None:
+    def calibrated(precision: Precision, replayed: Replay | None = None) -> None:
+        reader = Taps(vlm, precision=precision)
         for group in batches:
-            reading = taps.read(group)
-            taps.measure(reading, ())
-            replay.falls(reading, rule, (1e-3,))
+            reading = reader.read(group)
+            reader.measure(reading, ())
+            if replayed:
+                replayed.falls(reading, rule, (1e-3,))
 
     return {
         "training epoch, bfloat16 autocast": (epoch, 6, "bfloat16"),
         "forward pass, bfloat16 autocast": (lambda: forward(torch.bfloat16), 2, "bfloat16"),
         "forward pass, float32": (lambda: forward(torch.float32), 2, "float32"),
         "directional derivatives, two targets, float32": (lambda: derivative.score(flat), 6, "float32"),
-        "calibrated utility, three items, float32": (calibrated, 6 + 3 * 2, "float32"),
+        "calibrated utility, float32": (lambda: calibrated("float32"), 6, "float32"),
+        "calibrated utility, bfloat16 autocast": (lambda: calibrated("bfloat16"), 6, "bfloat16"),
+        "calibrated utility, three items replayed": (lambda: calibrated("float32", replay), 6 + 3 * 2, "float32"),
     }
 
 

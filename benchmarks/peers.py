@@ -246,7 +246,7 @@ def first_order_3(work: Work) -> Callable[[], Result]:
 
 def first_order_hooks(work: Work) -> Callable[[], Result]:
     def score() -> Result:
-        scorer = TapScorer(work.vlm, work.lay_out(), rule=StepRule("sgd"), step=1.0, batch_size=BATCH)
+        scorer = TapScorer(Taps(work.vlm), work.lay_out(), rule=StepRule("sgd"), step=1.0, batch_size=BATCH)
         return Result(scorer.score(work.train).utility_NG[:, 0])
 
     return score

@@ -46,7 +46,7 @@ def fit(proxy, items, targets, probes):
     def fit(exact, count=None, min_agreement=0.6):
         columns = (exact.loss_N, exact.utility_NG, exact.utility_N, exact.error_N)
         return CalibratedScorer(
-            proxy,
+            Taps(proxy),
             items,
             list(targets.values()),
             probes[:count],
@@ -86,7 +86,7 @@ def test_agreement_is_that_of_the_weighted_utility(proxy, items, targets, probes
     lopsided = dataclasses.replace(items, weight_G=np.array([1.0, 0.0]))
     utility_NG = np.column_stack([exact.utility_NG[:, 0], noise.utility_NG[:, 1]])
     scorer = CalibratedScorer(
-        proxy,
+        Taps(proxy),
         lopsided,
         list(targets.values()),
         probes,

@@ -146,6 +146,12 @@ def test_two_budgets_are_refused(fault):
     )
 
 
+def test_real_steps_in_low_precision_are_refused(fault):
+    assert "replayed_items measures real steps, which need precision float32" in fault(
+        SMALLEST + "score: {replayed_items: 2, precision: bfloat16}\n"
+    )
+
+
 def test_a_name_stands_for_one_set_in_the_metrics(fault):
     assert "targets and evaluation both have the name goal" in fault(
         SMALLEST + "evaluation: {goal: {path: other.jsonl}}\n"

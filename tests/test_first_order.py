@@ -69,7 +69,7 @@ def test_a_target_that_is_learnt_already_gives_no_utility():
 def test_finite_differences_rank_as_exact_products_do(proxy, items, drawn):
     """With cross entropies in float32 the displacement would have to be larger, and curvature would show."""
     samples = drawn[8:]
-    exact_NG = TapScorer(proxy, items, rule=StepRule("sgd"), step=STEP, batch_size=8).score(samples).utility_NG
+    exact_NG = TapScorer(Taps(proxy), items, rule=StepRule("sgd"), step=STEP, batch_size=8).score(samples).utility_NG
     steppable = Steppable(Taps(proxy).weights())
     scorer = FiniteDifferenceScorer(proxy, items, steppable, rule=StepRule("sgd"), step=STEP, batch_size=8)
     found_NG = scorer.score(samples).utility_NG
@@ -181,7 +181,7 @@ def test_finite_differences_agree_with_the_contraction_at_the_taps(tapped):
     vlm, samples = tapped
     targets = TargetItems.lay_out(vlm, {"one": samples[:2], "other": samples[2:3]}, {"one": 1.0, "other": 1.0})
     steppable = Steppable(Taps(vlm).weights())
-    exact = TapScorer(vlm, targets, rule=StepRule("sgd"), step=STEP, batch_size=2).score(samples)
+    exact = TapScorer(Taps(vlm), targets, rule=StepRule("sgd"), step=STEP, batch_size=2).score(samples)
     scorer = FiniteDifferenceScorer(
         vlm, targets, steppable, rule=StepRule("sgd"), step=STEP, batch_size=2, share_vision=True
     )
@@ -237,7 +237,7 @@ def test_a_decoder_without_trainable_linear_layers_is_refused(proxy):
 
 def test_tap_utilities_are_products_with_the_targets_gradient(proxy, items, pool):
     weights = Taps(proxy).weights()
-    block = TapScorer(proxy, items, rule=StepRule("sgd"), step=STEP, batch_size=4).score(pool)
+    block = TapScorer(Taps(proxy), items, rule=StepRule("sgd"), step=STEP, batch_size=4).score(pool)
     for g in range(len(items.names)):
         target = items.gradient(proxy, weights, target=g)
         expected = [STEP * dot(gradient_of(proxy, sample, weights), target) for sample in pool]
@@ -245,7 +245,7 @@ def test_tap_utilities_are_products_with_the_targets_gradient(proxy, items, pool
 
 
 def test_unit_norm_divides_by_the_norm_of_each_samples_gradient(proxy, items, pool):
-    plain = TapScorer(proxy, items, rule=StepRule("sgd"), step=STEP, batch_size=4).score(pool)
-    unit = TapScorer(proxy, items, rule=StepRule("unit_norm"), step=STEP, batch_size=4).score(pool)
+    plain = TapScorer(Taps(proxy), items, rule=StepRule("sgd"), step=STEP, batch_size=4).score(pool)
+    unit = TapScorer(Taps(proxy), items, rule=StepRule("unit_norm"), step=STEP, batch_size=4).score(pool)
     norm_N = np.sqrt(Taps(proxy).measure_all(pool, [], batch_size=4).squared_norm_N)
     assert unit.utility_N * norm_N == pytest.approx(plain.utility_N)

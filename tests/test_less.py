@@ -16,7 +16,7 @@ def roots(proxy, pool):
 
 
 def score(proxy, items, roots, samples):
-    return LessScorer(proxy, items, Taps(proxy), root_second_moments=roots, batch_size=4).score(samples)
+    return LessScorer(Taps(proxy), items, root_second_moments=roots, batch_size=4).score(samples)
 
 
 def flat(parts):

@@ -23,6 +23,7 @@ from datalloy.scorers import (
     probe,
 )
 from datalloy.scorers.baselines import LossScorer
+from datalloy.uncertainty import rank_agreement
 from scorer_contract import ScorerContract
 
 TARGETED = ["exact", "tail", "first_order", "first_order_hooks"]  # all that know the targets and need no fit
@@ -98,6 +99,27 @@ def test_baselines_share_the_loss_scorer_and_have_no_sign(method, inputs, probin
     scorer = prepare(method, inputs, probing, [])
     assert isinstance(scorer, LossScorer)
     assert not scorer.signed
+
+
+@pytest.mark.parametrize("method", ["first_order_hooks", "less", "calibrated", "loss"])
+def test_ranks_are_kept_where_the_pool_is_read_in_bfloat16(method, proxy, items, targets, pool, probing, probes):
+    whole, half = (
+        prepare(method, make_inputs(proxy, items, targets, pool, precision=p, min_agreement=0.1), probing, probes)
+        for p in ("float32", "bfloat16")
+    )
+    whole, half = whole.score(probes), half.score(probes)
+    for a_N, b_N in [(whole.loss_N, half.loss_N)] + [(whole.utility_N, half.utility_N)] * (method != "loss"):
+        assert rank_agreement(a_N, b_N) > 0.97
+        assert not np.array_equal(a_N, b_N)
+
+
+@pytest.mark.parametrize("method", ["exact", "tail", "first_order"])
+def test_finite_steps_stay_float32(method, proxy, items, targets, pool, probing):
+    whole, half = (
+        prepare(method, make_inputs(proxy, items, targets, pool, precision=p), probing, []).score(pool[:3])
+        for p in ("float32", "bfloat16")
+    )
+    assert np.array_equal(whole.utility_NG, half.utility_NG)
 
 
 def test_decoder_scope_moves_the_decoder_layers_alone(proxy, items, targets, pool, probing):

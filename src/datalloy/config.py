@@ -47,6 +47,7 @@ Format = Literal[
 ]
 ExportFormat = Literal["rows", "llama-factory", "ms-swift", "trl", "axolotl", "energon", "webdataset", "ids"]
 Metric = Literal["exact_match", "relaxed_accuracy", "option_letter", "anls", "answer_probability", "loss"]
+Precision = Literal["float32", "bfloat16"]
 ScorerName = Literal[
     "exact",
     "tail",
@@ -176,7 +177,18 @@ class Score(Section):
     length_normalised: bool = Field(False, description="Rank within strata of answer length instead of across them.")
     contributions: bool = Field(False, description="Also store what each sample does to every single target item.")
     batch_size: Count = Field(16, description="Samples per forward pass; does not change the results.")
+    precision: Precision = Field(
+        "float32",
+        description="bfloat16: losses and gradients of the pool are read under autocast, by calibrated, less, "
+        "first_order_hooks and the losses that baselines need. Weights and finite steps stay float32.",
+    )
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _steps_are_float32(self) -> "Score":
+        if self.replayed_items and self.precision != "float32":
+            raise ValueError("replayed_items measures real steps, which need precision float32")
+        return self
 
 
 class Select(Section):
@@ -244,9 +256,7 @@ class Train(Section):
     freeze_vision: bool = Field(True, description="Leave the vision tower as it is.")
     max_tokens: Count = Field(4096, description="Longer samples are rejected, never cut.")
     gradient_checkpointing: bool = False
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: autocast; weights stay float32."
-    )
+    precision: Precision = Field("float32", description="bfloat16: autocast; weights stay float32.")
     report_to: Annotated[tuple[str, ...], Listed] = Field(
         (), description="Trackers of transformers' Trainer: wandb, trackio, tensorboard ..."
     )

@@ -329,12 +329,12 @@ class _StepLoss(torch.nn.Module):
         self.model = vlm.model
         self.losses = vlm.losses
         self.batch_size = settings.batch_size / crew.count  # of each, for gradients are averaged over processes
-        self.autocast = settings.precision == "bfloat16"
+        self.autocast = functools.partial(vlm.autocast, settings.precision)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         batch.pop("num_items_in_batch", None)  # the Trainer counts tokens; here every sample counts once
         self.tokens = self.tokens + batch["attention_mask"].sum()
-        with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=self.autocast):
+        with self.autocast():
             loss = self.losses(batch).sum() / self.batch_size
         if self.crew.shards and self.crew.differ(len(batch), loss.device):  # some have pictures, others none
             loss = loss + zero_for_all(self.model)

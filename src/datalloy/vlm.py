@@ -42,6 +42,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import logging as transformers_logging
 
+from datalloy.config import Precision
 from datalloy.confined import Confined, ConfinedError, LimitError
 from datalloy.display import printable, shown
 from datalloy.durable import complete_files
@@ -256,6 +257,10 @@ class VLM:
     def base_model(self) -> Any:
         """The transformers model, out of its PEFT wrapper if it has one; adapter layers stay in it."""
         return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+
+    def autocast(self, precision: Precision) -> torch.autocast:
+        """Computes in bfloat16 where that is asked for; weights stay what they are."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
     def encode(self, sample: Sample, *, max_tokens: int | None = None) -> Encoded:
         """The sample as inputs and labels, every assistant turn supervised. Raises EncodeError with a reason word."""

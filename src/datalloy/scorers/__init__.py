@@ -150,45 +150,36 @@ def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes:
     """The scorer named `method`. `probing` is needed by all but the baselines."""
     settings, vlm, items = inputs.settings, inputs.vlm, inputs.items
     if method in ("loss", *BASELINES, *RATERS) or probing is None:
-        return LossScorer(vlm, targets=len(items.names), batch_size=settings.batch_size)
+        targets, size = len(items.names), settings.batch_size
+        return LossScorer(vlm, targets=targets, batch_size=size, precision=settings.precision)
     if method == "tail":
         return _tail(inputs, probing.steps["tail"])
     step = probing.steps["exact"]
     if method == "exact":
         return _exact(inputs, step)
+    if method == "first_order":
+        return _first_order(inputs, step)
+    taps = Taps(vlm, precision=settings.precision)
     if method == "calibrated":
         flat = [item for group in inputs.targets.values() for item in group]
         size = settings.batch_size
         return CalibratedScorer(
-            vlm,
+            taps,
             items,
             [flat[i : i + size] for i in range(0, len(flat), size)],
             probes,
             probing.exact,
             replayed=_replayed(inputs),
-            rule=_rule(inputs, Taps(vlm).weights()),
+            rule=_rule(inputs, taps.weights()),
             step=step,
             batch_size=size,
             min_agreement=settings.min_agreement,
             seed=settings.seed,
         )
     if method == "less":
-        taps = Taps(vlm)
         roots = _root_second_moments(inputs, taps.weights())
-        return LessScorer(vlm, items, taps, root_second_moments=roots, batch_size=settings.batch_size)
-    if method == "first_order_hooks":
-        return TapScorer(vlm, items, rule=StepRule(settings.step_rule), step=step, batch_size=settings.batch_size)
-    steppable = Steppable(scoped_parameters(vlm, settings.scope, freeze_vision=inputs.freeze_vision))
-    rule = _rule(inputs, steppable.parameters)
-    return FiniteDifferenceScorer(
-        vlm,
-        items,
-        steppable,
-        rule=rule,
-        step=step,
-        batch_size=settings.batch_size,
-        share_vision=vision_stands_still(vlm, steppable),
-    )
+        return LessScorer(taps, items, root_second_moments=roots, batch_size=settings.batch_size)
+    return TapScorer(taps, items, rule=StepRule(settings.step_rule), step=step, batch_size=settings.batch_size)
 
 
 def _replayed(inputs: ScoringInputs) -> TargetItems | None:
@@ -236,6 +227,20 @@ def _exact(inputs: ScoringInputs, step: float) -> ExactScorer:
     parameters = scoped_parameters(inputs.vlm, inputs.settings.scope, freeze_vision=inputs.freeze_vision)
     steppable = Steppable(parameters)
     return ExactScorer(inputs.vlm, inputs.items, steppable, rule=_rule(inputs, steppable.parameters), step=step)
+
+
+def _first_order(inputs: ScoringInputs, step: float) -> FiniteDifferenceScorer:
+    vlm, settings = inputs.vlm, inputs.settings
+    steppable = Steppable(scoped_parameters(vlm, settings.scope, freeze_vision=inputs.freeze_vision))
+    return FiniteDifferenceScorer(
+        vlm,
+        inputs.items,
+        steppable,
+        rule=_rule(inputs, steppable.parameters),
+        step=step,
+        batch_size=settings.batch_size,
+        share_vision=vision_stands_still(vlm, steppable),
+    )
 
 
 def _tail(inputs: ScoringInputs, step: float) -> TailScorer:

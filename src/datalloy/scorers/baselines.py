@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from datalloy.config import Precision
 from datalloy.scorers.one_step import ScoreBlock
 from datalloy.vlm import VLM, Encoded
 
@@ -66,12 +67,12 @@ class LossScorer:
 
     signed = False
 
-    def __init__(self, vlm: VLM, *, targets: int, batch_size: int) -> None:
-        self.vlm, self.targets, self.batch_size = vlm, targets, batch_size
+    def __init__(self, vlm: VLM, *, targets: int, batch_size: int, precision: Precision = "float32") -> None:
+        self.vlm, self.targets, self.batch_size, self.precision = vlm, targets, batch_size, precision
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
-        with torch.no_grad():
+        with torch.no_grad(), self.vlm.autocast(self.precision):
             losses = np.concatenate([self.vlm.losses(self.vlm.collate(b)).cpu().double().numpy() for b in batches])
         zeros = np.zeros(len(samples))
         return ScoreBlock(losses, np.zeros((len(samples), self.targets)), zeros, np.full(len(samples), np.nan))

@@ -27,7 +27,7 @@ from datalloy.scorers.step import StepRule
 from datalloy.scorers.taps import Measured, Taps
 from datalloy.target_items import TargetItems
 from datalloy.uncertainty import Interval, rank_agreement, rank_agreement_interval
-from datalloy.vlm import VLM, Encoded
+from datalloy.vlm import Encoded
 
 FOLDS = 5
 MIN_PROBES = 24
@@ -52,7 +52,7 @@ class CalibratedScorer:
 
     def __init__(
         self,
-        vlm: VLM,
+        taps: Taps,
         items: TargetItems,
         target_batches: Sequence[Sequence[Encoded]],
         probes: Sequence[Encoded],
@@ -65,10 +65,10 @@ class CalibratedScorer:
         min_agreement: float,
         seed: int,
     ) -> None:
-        self.taps, self.batch_size, self.weight_G = Taps(vlm), batch_size, items.weight_G
+        self.taps, self.batch_size, self.weight_G = taps, batch_size, items.weight_G
         self._rule, self._step = rule, step
         self._replay = Replay(self.taps, replayed, probes[0]) if replayed else None
-        self._directions = [items.gradient(vlm, self.taps.weights(), target=g) for g in range(len(items.names))]
+        self._directions = [items.gradient(taps.vlm, taps.weights(), target=g) for g in range(len(items.names))]
         self._metric = self.taps.mean_squared_gradient(target_batches)
         _, features = self._features(probes)
         finite = np.isfinite(features).all(1) & exact.finite_N

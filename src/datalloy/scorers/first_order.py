@@ -126,12 +126,12 @@ class TapScorer:
 
     signed = True
 
-    def __init__(self, vlm: VLM, items: TargetItems, *, rule: StepRule, step: float, batch_size: int) -> None:
+    def __init__(self, taps: Taps, items: TargetItems, *, rule: StepRule, step: float, batch_size: int) -> None:
         if rule.name == "adamw":
             raise RecipeError("score.method first_order_hooks knows the step rules sgd and unit_norm, not adamw")
-        self.taps, self.rule, self.step, self.batch_size = Taps(vlm), rule, step, batch_size
+        self.taps, self.rule, self.step, self.batch_size = taps, rule, step, batch_size
         self.weight_G = items.weight_G
-        self._directions = [items.gradient(vlm, self.taps.weights(), target=g) for g in range(len(items.names))]
+        self._directions = [items.gradient(taps.vlm, taps.weights(), target=g) for g in range(len(items.names))]
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         measured = self.taps.measure_all(samples, self._directions, batch_size=self.batch_size)

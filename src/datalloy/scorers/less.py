@@ -25,7 +25,7 @@ from datalloy.scorers.one_step import ScoreBlock
 from datalloy.scorers.step import TINY, inner
 from datalloy.scorers.taps import Taps
 from datalloy.target_items import TargetItems
-from datalloy.vlm import VLM, Encoded
+from datalloy.vlm import Encoded
 
 
 class LessScorer:
@@ -34,13 +34,13 @@ class LessScorer:
     signed = True
 
     def __init__(
-        self, vlm: VLM, items: TargetItems, taps: Taps, *, root_second_moments: Sequence[Tensor], batch_size: int
+        self, taps: Taps, items: TargetItems, *, root_second_moments: Sequence[Tensor], batch_size: int
     ) -> None:
         self.taps, self.batch_size, self.weight_G = taps, batch_size, items.weight_G
         self._metric = [1 / root**2 for root in root_second_moments]
         self._directions = []
         for g in range(len(items.names)):
-            gradient = items.gradient(vlm, taps.weights(), target=g)
+            gradient = items.gradient(taps.vlm, taps.weights(), target=g)
             norm = max(math.sqrt(inner(gradient, gradient)), TINY)
             self._directions.append([p / (norm * root) for p, root in zip(gradient, root_second_moments, strict=True)])
 

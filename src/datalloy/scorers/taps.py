@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datalloy.config import Precision
 from datalloy.encoding import length_batches
 from datalloy.errors import ModelError
 from datalloy.vlm import VLM, Encoded
@@ -50,10 +51,14 @@ class Reading:
 
 
 class Taps:
-    """The trainable linear layers of the decoder, or of its last `depth` layers, read as batches pass."""
+    """The trainable linear layers of the decoder, or of its last `depth` layers, read as batches pass.
 
-    def __init__(self, vlm: VLM, depth: int | None = None) -> None:
-        self.vlm = vlm
+    `precision`: of the passes; what is read comes in float32. Under bfloat16 the ranks of slopes and norms agree with
+    those of float32 by more than 0.99 (benchmarks/precision.py).
+    """
+
+    def __init__(self, vlm: VLM, depth: int | None = None, precision: Precision = "float32") -> None:
+        self.vlm, self.precision = vlm, precision
         layers = vlm.decoder_layers()
         if depth is not None and not 1 <= depth <= len(layers):
             raise ModelError(f"score.tail_layers is {depth}, {vlm.name} has {len(layers)} decoder layers")
@@ -133,7 +138,7 @@ class Taps:
         handles = [self.layers[0].register_forward_pre_hook(_begin_graph, with_kwargs=True)]
         handles += [module.register_forward_hook(remember) for module in self.modules]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.vlm.autocast(self.precision):
                 loss_B = self.vlm.losses(batch)
         finally:
             for handle in handles:
@@ -144,7 +149,7 @@ class Taps:
         inputs, outputs = zip(*(called[module] for module in self.modules), strict=True)
         # the sum, not the mean: each sample's own gradient must not depend on who else is in the batch
         gradients = torch.autograd.grad(loss_B.sum(), outputs)
-        return loss_B.detach(), list(inputs), list(gradients)
+        return loss_B.detach(), [taken.float() for taken in inputs], [gradient.float() for gradient in gradients]
 
     def _check(self, calls: Sequence[tuple[nn.Module, Tensor, Tensor]], samples: int) -> None:
         once = len(calls) == len(self.modules) == len({module for module, _, _ in calls})
