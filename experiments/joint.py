@@ -88,8 +88,9 @@ def run_way(way: str, world: str, seed: int, folder: Path) -> dict[str, Any]:
         work = Workflow(run)
         model = work.train()
         measured = run.once("measured", partial(measure, work, model))
+        told = verdict_of(work) if work.recipe.mixture else {}
         utility = domain_utility(work) if way == "mixture" else {}
-        return {"world": world, "seed": seed, "way": way, **measured, **utility}
+        return {"world": world, "seed": seed, "way": way, **measured, **told, **utility}
 
 
 def measure(work: Workflow, model: Path) -> dict[str, Any]:
@@ -104,6 +105,13 @@ def measure(work: Workflow, model: Path) -> dict[str, Any]:
     if (outcome := work.run.path("bakeoff.json")).exists():
         spent += json.loads(outcome.read_bytes())["steps_spent"]
     return {"steps": spent, "share": dict(share), **HeldOut.lay_out(work).measure(VLM.load(str(model)))}
+
+
+def verdict_of(work: Workflow) -> dict[str, Any]:
+    """What the final training took, and the gain of the pick over uniform shares that decided it."""
+    advice = work.verify().to_json()
+    gain = advice["expected_gain_vs_uniform"]
+    return {"verdict": advice["verdict"], "gain": [gain["mean"], *gain["interval"]]}
 
 
 def domain_utility(work: Workflow) -> dict[str, Any]:

@@ -12,7 +12,8 @@ the same random draws of inner mixtures, 20 of each size; `planned` chooses its 
 Where everything was trained twice from different seeds, one training is what predictors see and the other, which none
 of them has seen, is what they are judged by: so no predictor is rewarded for having seen the luck of a run. `seed noise
 known` is the calibrated merge told how far the two trainings differ. `one more training` predicts by the first training
-of every mixture, all of them: the most that could be bought.
+of every mixture, all of them: the most that could be bought. Rows that --out holds of other designs, metrics and
+predictors stay.
 """
 
 import argparse
@@ -38,6 +39,7 @@ DRAWS = 20
 FEWER_DRAWS = 3  # of the regressions that tune trees: seconds a fit
 SLOW = ("regmix_tuned", "gaussian_process")
 METRICS = ("probability", "loss", "exact_match")
+KEY = ("world", "base", "adapter", "seed", "train_seed", "metric", "predictor", "runs")  # of a row
 
 
 def load(run: Path) -> dict[str, np.ndarray]:
@@ -188,7 +190,10 @@ def main() -> None:
                 which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
                 rows += [{**which, **found} for found in curves(case, seeds[0], args.regressions)]
             print(path.name, *seeds, flush=True)
-    write_json(args.out, {"rows": rows, **provenance()})
+    made = {tuple(row[name] for name in KEY) for row in rows}
+    before = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    kept = [row for row in before if tuple(row[name] for name in KEY) not in made]
+    write_json(args.out, {"rows": [*kept, *rows], **provenance()})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
 DEFAULT_CONFIRMING = "2"  # trainings, as a key of the rows
 SIZES = (0, 1, 2, 3, 4, 6, 8)
-WAYS = ("merged", "trained")
 
 
 @cache
@@ -102,37 +101,36 @@ def budgets(metric: str) -> str:
 
     Spearman of the mean over inner mixtures / regret of the best, as a share of best minus worst; means over pools.
     """
-    full = {}
+    full: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in mixture_results():
         for row in result["rows"]:
             full.setdefault((named(result), row["seed"]), []).append(row)
-    ways: dict[tuple[str, float], dict[str, list[tuple[float, float]]]] = {}
+    tried: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
     for result in mixture_results(cheaper=True):
         for row in result["rows"]:
-            rows = full[named(result), row["seed"]]
-            truth_N = np.mean([_means_of(r, f"true:{metric}") for r in rows], axis=0)
-            for share, tried in ((result["budget"], row), (1.0, rows[0])):
-                for way in ("merged", "trained"):
-                    if way == "trained" and share == 1:
-                        continue  # a part of the truth itself
-                    value_N = _means_of(tried, f"{'true' if way == 'trained' else way}:{metric}")
-                    found = ways.setdefault((named(result), share), {}).setdefault(way, [])
-                    found.append((rank_agreement(value_N, truth_N), _regret(value_N, truth_N)))
+            tried.setdefault((named(result), result["budget"]), {})[row["seed"]] = row
+            tried.setdefault((named(result), 1.0), {})[row["seed"]] = full[named(result), row["seed"]][0]
     shown = []
-    for (world, share), by_way in sorted(ways.items()):
-        cells = ["{:.2f} / {:.2f}".format(*np.mean(by_way[way], axis=0)) if way in by_way else "" for way in WAYS]
-        shown.append([world, f"{share:.0%}", *cells])
-    return table(["world", "share of the steps", "merged", "every mixture trained"], shown)
+    for (world, share), by_seed in sorted(tried.items()):
+        found: dict[str, list[tuple[float, float]]] = {"merged": [], "true": []}
+        for seed, row in by_seed.items():
+            truth_N = np.mean([_means_of(r, f"true:{metric}") for r in full[world, seed]], axis=0)
+            for way, figures in found.items():
+                value_N = _means_of(row, f"{way}:{metric}")
+                regret = (truth_N.max() - truth_N[value_N.argmax()]) / np.ptp(truth_N)
+                figures.append((rank_agreement(value_N, truth_N), regret))
+        cells = ["{:.2f} / {:.2f}".format(*np.mean(figures, axis=0)) for figures in found.values()]
+        if share == 1:
+            cells[1] = ""  # a part of the truth itself
+        update = np.mean([u for row in by_seed.values() for u in row["mergeability"]["relative_update"].values()])
+        shown.append([f"{world} ({len(by_seed)})", f"{share:.0%}", f"{update:.1%}", *cells])
+    return table(["world", "share of the steps", "relative update", "merged", "every mixture trained"], shown)
 
 
 def _means_of(row: dict[str, Any], name: str) -> np.ndarray:
     """Mean over targets of the inner mixtures."""
     inner = np.array(row["weights"]).max(axis=1) < 1
     return np.array(row["values"][name])[inner].mean(axis=1)
-
-
-def _regret(value_N: np.ndarray, truth_N: np.ndarray) -> float:
-    return float((truth_N.max() - truth_N[value_N.argmax()]) / np.ptp(truth_N))
 
 
 def curves(metric: str, world: str) -> str:
@@ -259,6 +257,8 @@ def joint() -> str:
             steps = f"{np.mean([r['steps'] for r in same]) / FINAL_STEPS:.1f}"
             agreement = [r["agreement"] for r in same if "agreement" in r]
             told = f"{np.mean(agreement):+.2f}" if agreement else ""
-            rows.append([f"{world} ({len(same)})", way, accuracy, gain, steps, told])
-    head = ["world", "way", "accuracy", "over full SFT", "trainings to decide", "domain utility with shares"]
+            trusted = str(sum(r["verdict"] == "trust" for r in same)) if "verdict" in same[0] else ""
+            rows.append([f"{world} ({len(same)})", way, accuracy, gain, steps, trusted, told])
+    head = ["world", "way", "accuracy", "over full SFT", "trainings to decide", "picks trusted"]
+    head.append("domain utility with shares")
     return table(head, rows)
