@@ -50,7 +50,7 @@ def run_seed(data: Path, runs: Path, seed: int, overrides: list[str]) -> dict:
             "kept": {"auto": int(selection.kept.sum()), **{name: row["kept"] for name, row in compared.items()}},
             "toxic": int((selection.reason == "toxic").sum()),
             "pool": len(scores),
-            "agreement_with_exact": scores.metadata["agreement_with_exact"],
+            "agreement_with_exact": scores.metadata.get("agreement_with_exact"),  # none where only losses were needed
             "models": models,
         }
 

@@ -270,6 +270,18 @@ def test_the_bakeoff_is_judged_by_all_target_items_that_do_not_score(
     assert not scored & judged
 
 
+def test_a_short_run_sees_each_sample_as_often_as_the_final_training(recipe_path, tmp_path, monkeypatch):
+    """Twelve steps of four see all 44 samples once and a half of them twice; four steps do so with a third of each."""
+    seen = []
+    monkeypatch.setattr(
+        "datalloy.workflows.train", lambda vlm, encoded, settings, out, steps: seen.append((steps, len(encoded)))
+    )
+    overrides = ("select.bakeoff_arms=[low_loss, high_loss]", "score.warmup_fraction=0")
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        Workflow(run).select()
+    assert sorted(set(seen)) == [(4, 7), (4, 15), (12, 22), (12, 44)]
+
+
 def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):
     """score.batch_size is left out of the fingerprint, so it may not change a result beyond rounding."""
     tables = []

@@ -724,12 +724,27 @@ class Workflow:
         def measure() -> dict[str, Any]:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
             vlm = self._proxy_base.copy()
-            kept = self._encoded_pool.pick(self._kept_indices(self.selection_of(arm)))
-            train(vlm, kept, self._train_settings(), None, steps=steps)
+            part = self._part_for(self._kept_indices(self.selection_of(arm)), steps)
+            train(vlm, self._encoded_pool.pick(part), self._train_settings(), None, steps=steps)
             return {"steps": steps, "values": items.values(vlm).tolist()}
 
         unit = f"bakeoff/{number}-{arm.name.replace(' ', '-').replace('%', '')}"
         return np.array(self.run.once(unit, measure)["values"])
+
+    def _part_for(self, kept: Sequence[int], steps: int) -> list[int]:
+        """Of kept samples a random part, as much smaller as the run is shorter than the final training.
+
+        So a short run sees each sample as often as the final training will: a small selection shows what it loses by
+        being repeated, and a large one is not cut off before it was seen. The parts of all arms come from one order.
+        """
+        count = round(len(kept) * min(1.0, steps / self._final_steps))
+        wanted = set(kept)
+        order = [i for i in self._order_of_parts if i in wanted]
+        return sorted(order[: max(count, min(self.recipe.train.batch_size, len(kept)))])
+
+    @cached_property
+    def _order_of_parts(self) -> list[int]:
+        return self._random_order("bake-off")
 
     def _kept_indices(self, selection: Selection) -> list[int]:
         self._check_order(selection.table)
