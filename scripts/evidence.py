@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "kept_faults": lambda base, fraction: evidence_selection.kept_faults(base, float(fraction)),
     "auto": evidence_selection.auto,
     "rules": evidence_bakeoff.rules,
+    "parts": evidence_bakeoff.parts,
     "noise": evidence_bakeoff.noise,
     "judging_items": evidence_bakeoff.judging_items,
     "auto_gains": evidence_selection.auto_gains,

@@ -20,6 +20,7 @@ FURTHER = "-items.json"  # how the names of results end where further items judg
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
+RUNS = {"short", "long", "part"}
 
 
 def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
@@ -35,6 +36,7 @@ class Rule:
     arms: tuple[Arm, ...]
     best: int = bakeoff.BEST
     nearly_tied: float = bakeoff.NEARLY_TIED
+    runs: tuple[str, str] = ("short", "long")  # by what the first round judges, and the second
 
 
 RULES = {
@@ -52,25 +54,34 @@ RULES = {
 }
 
 
+RACED = (FULL, RANDOM, *LOW, *OST)
+PARTS = {
+    "short runs alone, on all that an arm keeps": Rule(RACED, best=99, runs=("short", "short")),
+    "**short runs alone, on a part**": Rule(RACED, best=99, runs=("part", "part")),
+    "the first round on all, the second as long as the final training": Rule(RACED),
+    "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
+}
+
+
 @dataclass(frozen=True)
 class Pool:
     """What every arm gave after short and long trainings, by the seed of training."""
 
     world: str
     target_V: np.ndarray
-    value_V: Mapping[tuple[int, Arm, int], np.ndarray]  # of all target items, by seed, arm and round
+    value_V: Mapping[tuple[int, Arm, str], np.ndarray]  # of all target items, by seed, arm and run
     accuracy: Mapping[tuple[int, Arm], float]
     seeds: tuple[int, ...]
 
     @classmethod
     def read(cls, path: Path) -> "Pool":
         found = json.loads(path.read_text())
-        values: dict[tuple[int, Arm, int], np.ndarray] = {}
+        values: dict[tuple[int, Arm, str], np.ndarray] = {}
         accuracy = {}
         for row in found["rows"]:
             arm = FULL if row["scorer"] == "full" else Arm(row["scorer"], row["fraction"], "domain")
-            for number, length in ((1, "short"), (2, "long")):
-                values[row["train_seed"], arm, number] = np.array(row[length])
+            for run in RUNS & row.keys():
+                values[row["train_seed"], arm, run] = np.array(row[run])
             accuracy[row["train_seed"], arm] = row["accuracy"]
         seeds = tuple(dict.fromkeys(row["train_seed"] for row in found["rows"]))
         return cls(found["world"], np.array(found["target"]), values, accuracy, seeds)
@@ -98,7 +109,9 @@ class Pool:
         with patch.multiple(bakeoff, **constants, _margins=lambda *_: (), _margin=lambda *_: None):
             outcome = bakeoff.race(
                 rule.arms,
-                lambda arm, _, number: np.mean([self.value_V[seed, arm, number][item_V] for seed in seeds], axis=0),
+                lambda arm, _, number: np.mean(
+                    [self.value_V[seed, arm, rule.runs[number - 1]][item_V] for seed in seeds], axis=0
+                ),
                 base_V=np.zeros(len(item_V)),
                 weight_V=np.full(len(item_V), 1 / len(item_V)),
                 budget_steps=10**6,
@@ -147,10 +160,19 @@ def judging_items() -> str:
 
 def rules() -> str:
     """Gain over full SFT of what each rule chooses, mean over pools, seeds and drawn judging items."""
+    return _rules(RULES)
+
+
+def parts() -> str:
+    """The same for races whose short runs see all that an arm keeps, or as much smaller a part of it."""
+    return _rules(PARTS)
+
+
+def _rules(rules: Mapping[str, Rule]) -> str:
     pools = read_pools()
     worlds = list(dict.fromkeys(pool.world for pool in pools))
     rows = []
-    for name, rule in RULES.items():
+    for name, rule in rules.items():
         gains = {world: np.concatenate([p.gains(rule) for p in pools if p.world == world]) for world in worlds}
         means = [found.mean() for found in gains.values()]
         lost = np.mean(np.concatenate(list(gains.values())) < -LOST)
@@ -169,7 +191,7 @@ def noise() -> str:
     for pool in pools:
         for seed, arm in pool.accuracy:
             if arm != FULL:
-                difference_V = pool.value_V[seed, arm, 2] - pool.value_V[seed, FULL, 2]
+                difference_V = pool.value_V[seed, arm, "long"] - pool.value_V[seed, FULL, "long"]
                 errors.append(difference_V.std(ddof=1))
         for arm in dict.fromkeys(arm for _, arm in pool.accuracy):
             trainings.append(np.std([pool.accuracy[seed, arm] for seed in pool.seeds], ddof=1))

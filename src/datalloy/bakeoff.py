@@ -14,7 +14,9 @@ Two rounds: all arms run briefly; the finalists run again, from the start, three
 best three, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a
 small clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm
 late. So no arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full
-length. A third, still shorter round before these told nothing: after four steps all arms are alike.
+length. A third, still shorter round before these told nothing: after four steps all arms are alike. Where the budget
+does not allow runs as long as the final training, a run has to see as much smaller a part of what its arm keeps, which
+is then repeated as often as it will be: `run_arm` sees to that.
 
 Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps.
 """
@@ -105,10 +107,10 @@ def race(
 ) -> Outcome:
     """Race the arms within `budget_steps` training steps in all, no run longer than `longest_steps`.
 
-    `run_arm(arm, steps, round)` trains the arm afresh and returns the value of every target item, [V], higher is
-    better; `base_V` are those of the base, before any training. `weight_V` sums to one. Raises RecipeError when the
-    budget is too small to tell arms apart, ModelError when the values after a run are not finite. The order of `arms`
-    does not matter: ties go by name.
+    `run_arm(arm, steps, round)` trains afresh on a part of what the arm keeps, in proportion to the steps, and returns
+    the value of every target item, [V], higher is better; `base_V` are those of the base, before any training.
+    `weight_V` sums to one. Raises RecipeError when the budget is too small to tell arms apart, ModelError when the
+    values after a run are not finite. The order of `arms` does not matter: ties go by name.
     """
     short, long = _plan(arms, budget_steps, longest_steps)
     first = _run_all(arms, run_arm, short, 1)
