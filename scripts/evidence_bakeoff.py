@@ -169,7 +169,8 @@ def parts() -> str:
 
 
 def _rules(rules: Mapping[str, Rule]) -> str:
-    pools = read_pools()
+    wanted = {run for rule in rules.values() for run in rule.runs}
+    pools = [pool for pool in read_pools() if all((pool.seeds[0], FULL, run) in pool.value_V for run in wanted)]
     worlds = list(dict.fromkeys(pool.world for pool in pools))
     rows = []
     for name, rule in rules.items():
