@@ -71,6 +71,15 @@ def test_keeping_everything_wins_when_selection_harms():
     assert all(margin.interval.low > 0 for margin in outcome.margins)
 
 
+def test_a_part_that_wins_by_runs_that_end_early_is_not_said_to_lead_to_the_end():
+    track = Track({TAIL: 0.02})
+    caution = run(track, budget_steps=230, longest_steps=61).caution  # rounds of 10 and 30 steps
+    assert "took 30 of the final training's 61 steps" in caution
+    assert "raise select.bakeoff_epochs 2.0 times" in caution
+    assert run(track, budget_steps=230, longest_steps=60).caution is None
+    assert run(Track({FULL: 0.02}), budget_steps=230, longest_steps=61).caution is None
+
+
 def test_margins_tell_how_much_better_the_winner_does():
     gains = {TAIL: 0.02, LOW: 0.015, LONG: 0.012, RANDOM: 0.01}
     outcome = run(Track(gains, noise=0.0), budget_steps=230)  # rounds of 10 and 30 steps

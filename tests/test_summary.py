@@ -1,7 +1,5 @@
 """What a verb says when it ends: plain lines, tables that line up, warnings that say what to do."""
 
-import json
-
 import pytest
 
 from datalloy.scores import Scores
@@ -62,17 +60,25 @@ def test_utility_that_follows_length_is_a_warning_with_the_setting_that_helps(tm
 
 def test_a_pool_that_does_harm_is_a_warning_not_to_train_on_it(tmp_path):
     folder = finish_run(tmp_path)
+    _with_bakeoff(folder, caution=None)
     assert not warnings(said("select", folder))
-    _with_bakeoff(folder, over_base=(-0.3, -0.1))
+    _with_bakeoff(folder, over_base={"over": "the base", "mean": -0.2, "interval": (-0.3, -0.1)})
     (line,) = warnings(said("select", folder))
     assert "worse than the untrained base" in line
     assert "do not train on this pool" in line
 
 
-def _with_bakeoff(folder, over_base):
+def test_a_bakeoff_of_short_runs_is_a_warning(tmp_path):
+    folder = finish_run(tmp_path)
+    _with_bakeoff(folder, caution="the longest runs of the bake-off took 72 of the final training's 300 steps")
+    assert warnings(said("select", folder)) == [
+        "warning: the longest runs of the bake-off took 72 of the final training's 300 steps"
+    ]
+
+
+def _with_bakeoff(folder, **changed):
     from datalloy.selection import Selection
 
     chosen = Selection.read(folder / "selection.parquet")
-    outcome = json.loads(json.dumps(chosen.metadata["bakeoff"]))
-    outcome["over_base"]["interval"] = over_base
+    outcome = {**chosen.metadata["bakeoff"], **changed}
     chosen.with_metadata({**chosen.metadata, "bakeoff": outcome}).write(folder / "selection.parquet")

@@ -38,6 +38,7 @@ LONGER = 3  # times the steps of the first round
 NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
 JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
 MIN_STEPS = 4  # of the first round; fewer tell nothing
+EARLY = 0.5  # of the final training's steps: where no run takes as many, what leads is not said to lead to the end
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Outcome:
     over_base: Margin
     results: tuple[Result, ...]
     steps_spent: int
+    caution: str | None  # what this race cannot tell, and what to do
 
 
 FULL = Arm("full", 1.0, "domain")
@@ -128,6 +130,18 @@ def race(
             for arm, value_V in values.items()
         ),
         steps_spent=short * len(first) + long * len(last),
+        caution=_caution(winner, long, longest_steps),
+    )
+
+
+def _caution(winner: Arm, steps: int, final_steps: int) -> str | None:
+    """Said where a part of the pool wins by runs that end early: small selections lead first and are overtaken."""
+    if winner == FULL or steps >= EARLY * final_steps:
+        return None
+    return (
+        f"the longest runs of the bake-off took {steps} of the final training's {final_steps} steps; a small selection "
+        "that leads early is often overtaken, also by the full pool. To be sure, raise select.bakeoff_epochs "
+        f"{final_steps / steps:.1f} times, or train on the full pool too and compare"
     )
 
 

@@ -90,6 +90,8 @@ def _select(folder: Path) -> Iterator[str]:
         yield f"  on the targets better than {margin['over']} by {margin['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
     for reason, count in selection.count_reasons().items():
         yield f"  {reason:<16} {count:>8}"
+    if bakeoff and bakeoff.get("caution"):
+        yield f"warning: {bakeoff['caution']}"
     if bakeoff and bakeoff["over_base"]["interval"][1] < 0:
         yield (
             "warning: every way to train on this pool makes the targets worse than the untrained base; mend the "

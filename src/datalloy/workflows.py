@@ -700,6 +700,8 @@ class Workflow:
             seed=settings.seed,
         )
         write_json(self.run.path("bakeoff.json"), asdict(outcome))
+        if outcome.caution:
+            log.warning("%s", outcome.caution)
         if outcome.over_base.interval.high < 0:
             log.warning(
                 "every way to train on this pool makes the targets worse than the untrained base in the short runs: "

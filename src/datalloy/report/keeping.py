@@ -64,6 +64,7 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
             f"winner is <b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
         )
         + strips(rows, zero=0.0)
+        + (paragraph(text(f"Beware: {outcome['caution']}."), "note") if outcome.get("caution") else "")
         + _rounds(outcome)
     )
 
