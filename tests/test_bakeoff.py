@@ -30,7 +30,7 @@ class Track:
         return BASE_V + self.gains.get(arm, 0.0) * steps + rng.normal(0, self.noise, V)
 
 
-def run(track, arms=ARMS, budget_steps=400, longest_steps=1000, weight_V=UNIFORM_V, seed=0):
+def run(track, arms=ARMS, budget_steps=400, longest_steps=100, weight_V=UNIFORM_V, seed=0):
     return race(
         arms,
         track,
@@ -78,6 +78,22 @@ def test_a_part_that_wins_by_runs_that_end_early_is_not_said_to_lead_to_the_end(
     assert "raise select.bakeoff_epochs 2.0 times" in caution
     assert run(track, budget_steps=230, longest_steps=60).caution is None
     assert run(Track({FULL: 0.02}), budget_steps=230, longest_steps=61).caution is None
+
+
+def test_where_runs_end_early_only_what_is_beyond_its_interval_throws_samples_out():
+    small = Arm("tail", 0.2, "domain")
+    noise_V = np.random.default_rng(0).normal(0, 0.3, V)
+    noise_V *= 0.1 / (noise_V.std(ddof=1) / np.sqrt(V))  # a standard error of 0.1
+    noise_V -= noise_V.mean()
+
+    def winner(gain, longest_steps):
+        values = {small: gain + noise_V}
+        track = lambda arm, steps, number: BASE_V + values.get(arm, 0)  # noqa: E731
+        return run(track, [FULL, RANDOM, small], budget_steps=120, longest_steps=longest_steps).winner  # 30 steps
+
+    assert winner(0.15, longest_steps=60) == small
+    assert winner(0.15, longest_steps=61) == FULL
+    assert winner(0.25, longest_steps=61) == small
 
 
 def test_margins_tell_how_much_better_the_winner_does():

@@ -102,6 +102,10 @@ def test_a_gain_that_is_not_shown_is_said_to_be_open_and_a_loss_to_be_a_loss(tmp
         assert recommendation(RunFacts(folder)).endswith(f"{words}.")
 
 
+def test_a_bakeoff_whose_runs_end_early_is_said_to_be_no_proof(three):
+    assert "a small selection that leads early is often overtaken" in three.text
+
+
 def test_where_training_did_harm_the_page_says_so_first_and_does_not_offer_to_export(tmp_path):
     facts = RunFacts(finish_run(tmp_path, gain=-0.2))
     assert recommendation(facts).startswith("If you train on this pool at all, ")

@@ -18,7 +18,8 @@ length. A third, still shorter round before these told nothing: after four steps
 does not allow runs as long as the final training, a run has to see as much smaller a part of what its arm keeps, which
 is then repeated as often as it will be: `run_arm` sees to that.
 
-Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps.
+Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps. Where no
+run takes half of the final training's steps, all count as tied whose difference is within its interval.
 """
 
 import logging
@@ -36,9 +37,10 @@ BEST = 3  # arms of the first round go on to the second
 FINALISTS = BEST + 2  # at most: the full pool and the next larger selection by the best score with them
 LONGER = 3  # times the steps of the first round
 NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
+EARLY = 0.5  # of the final training's steps: where no run takes as many, what leads is not said to lead to the end
+EARLY_TIED = 2.0  # standard errors there: only what is beyond its interval may throw samples out
 JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
 MIN_STEPS = 4  # of the first round; fewer tell nothing
-EARLY = 0.5  # of the final training's steps: where no run takes as many, what leads is not said to lead to the end
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def race(
     ranked = _ranked(first, weight_V)
     log.info("bake-off: best after %d steps: %s", short, ", ".join(arm.name for arm in ranked[:FINALISTS]))
     last = _run_all(_finalists(ranked), run_arm, long, 2)
-    winner = _winner(last, weight_V)
+    winner = _winner(last, weight_V, EARLY_TIED if long < EARLY * longest_steps else NEARLY_TIED)
     return Outcome(
         winner=winner,
         margins=_margins(winner, first, last, weight_V, seed),
@@ -170,8 +172,11 @@ def _finalists(ranked: Sequence[Arm]) -> list[Arm]:
     return list(dict.fromkeys([*ranked[:BEST], *full, *larger]))
 
 
-def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:
-    """The arm that keeps most of those nearly tied with the best; the full pool where that is random."""
+def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray, nearly_tied: float) -> Arm:
+    """The arm that keeps most of those nearly tied with the best; the full pool where that is random.
+
+    `nearly_tied`: by so many standard errors of the paired difference.
+    """
     best, *others = _ranked(values, weight_V)
     if best.scorer == "random" and FULL in values:
         return FULL
@@ -179,7 +184,7 @@ def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:
     for arm in others:
         difference_V = (values[best] - values[arm]) * weight_V * len(weight_V)
         error = difference_V.std(ddof=1) / np.sqrt(len(difference_V))
-        if arm.scorer != "random" and arm.fraction > winner.fraction and difference_V.mean() <= NEARLY_TIED * error:
+        if arm.scorer != "random" and arm.fraction > winner.fraction and difference_V.mean() <= nearly_tied * error:
             winner = arm
     return winner
 
