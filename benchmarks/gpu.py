@@ -187,13 +187,13 @@ def _stages(
 
     def epoch() -> None:
         for group in batches:
-            with torch.autocast(vlm.device.type, torch.bfloat16):
+            with vlm.autocast("bfloat16"):
                 vlm.losses(vlm.collate(group)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    def forward(dtype: torch.dtype) -> None:
-        with torch.no_grad(), torch.autocast(vlm.device.type, dtype, enabled=dtype == torch.bfloat16):
+    def forward(precision: Precision) -> None:
+        with torch.no_grad(), vlm.autocast(precision):
             for group in batches:
                 vlm.losses(vlm.collate(group))
 
@@ -214,8 +214,8 @@ def _stages(
 
     return {
         "training epoch, bfloat16 autocast": (epoch, 6, "bfloat16"),
-        "forward pass, bfloat16 autocast": (lambda: forward(torch.bfloat16), 2, "bfloat16"),
-        "forward pass, float32": (lambda: forward(torch.float32), 2, "float32"),
+        "forward pass, bfloat16 autocast": (lambda: forward("bfloat16"), 2, "bfloat16"),
+        "forward pass, float32": (lambda: forward("float32"), 2, "float32"),
         "directional derivatives, two targets, float32": (lambda: derivative.score(flat), 6, "float32"),
         "calibrated utility, float32": (lambda: calibrated("float32"), 6, "float32"),
         "calibrated utility, bfloat16 autocast": (lambda: calibrated("bfloat16"), 6, "bfloat16"),

@@ -5,7 +5,7 @@
 The pool of scoring.py on the embedded model. Scoring lays out shards by length. Training draws its batches at random,
 and a batch that goes through the model at once is padded to its longest sample; cut into micro-batches it is laid out
 by length before. Seconds are of the processor, for one epoch of all weights, over those of the same batch uncut: the
-median over turns of the ratio within a turn. Two minutes of one core.
+median over turns of the ratio within a turn. Four minutes of one core.
 """
 
 import argparse

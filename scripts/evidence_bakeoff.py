@@ -58,7 +58,10 @@ RACED = (FULL, RANDOM, *LOW, *OST)
 PARTS = {
     "short runs alone, on all that an arm keeps": Rule(RACED, best=99, runs=("short", "short")),
     "short runs alone, on a part": Rule(RACED, best=99, runs=("part", "part")),
-    "**the same, only a lead beyond its interval**": Rule(RACED, 99, bakeoff.EARLY_TIED, ("part", "part")),
+    "the same, without the smallest share": Rule((FULL, RANDOM, *LOW[1:], *OST), best=99, runs=("part", "part")),
+    "**short runs alone, on a part, only a lead beyond its interval**": Rule(
+        RACED, 99, bakeoff.EARLY_TIED, ("part", "part")
+    ),
     "the first round on all, the second as long as the final training": Rule(RACED),
     "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
 }

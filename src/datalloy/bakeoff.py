@@ -121,7 +121,8 @@ def race(
     ranked = _ranked(first, weight_V)
     log.info("bake-off: best after %d steps: %s", short, ", ".join(arm.name for arm in ranked[:FINALISTS]))
     last = _run_all(_finalists(ranked), run_arm, long, 2)
-    winner = _winner(last, weight_V, EARLY_TIED if long < EARLY * longest_steps else NEARLY_TIED)
+    ends_early = long < EARLY * longest_steps
+    winner = _winner(last, weight_V, EARLY_TIED if ends_early else NEARLY_TIED)
     return Outcome(
         winner=winner,
         margins=_margins(winner, first, last, weight_V, seed),
@@ -132,14 +133,12 @@ def race(
             for arm, value_V in values.items()
         ),
         steps_spent=short * len(first) + long * len(last),
-        caution=_caution(winner, long, longest_steps),
+        caution=_caution(long, longest_steps) if ends_early and winner != FULL else None,
     )
 
 
-def _caution(winner: Arm, steps: int, final_steps: int) -> str | None:
+def _caution(steps: int, final_steps: int) -> str:
     """Said where a part of the pool wins by runs that end early: small selections lead first and are overtaken."""
-    if winner == FULL or steps >= EARLY * final_steps:
-        return None
     return (
         f"the longest runs of the bake-off took {steps} of the final training's {final_steps} steps; a small selection "
         "that leads early is often overtaken, also by the full pool. To be sure, raise select.bakeoff_epochs "
