@@ -33,6 +33,7 @@ from datalloy.target_items import TargetItems
 from datalloy.tiny.model import build_model, build_processor
 from datalloy.tiny.pools import PoolPlan, write_pool
 from datalloy.training import prepare_parameters
+from datalloy.vision_features import VisionFeatures
 from datalloy.vlm import VLM
 
 TARGETS = ("chart", "counting", "table")
@@ -89,9 +90,10 @@ def make_measurements(
         "answers: plain evaluate": lambda: [evaluate(base, g, "exact_match", settings) for g in samples.values()],
     }
     for share, suffix in ((False, ""), (True, ", vision kept")):
-        items = TargetItems.lay_out(base, encoded, weights, items_per_batch=settings.batch_size, share_vision=share)
+        vision = VisionFeatures() if share else None
+        items = TargetItems.lay_out(base, encoded, weights, items_per_batch=settings.batch_size, vision=vision)
         metrics = dict.fromkeys(samples, "exact_match")
-        asked = MetricItems.lay_out(base, samples, metrics, settings, blocks=1, share_vision=share)
+        asked = MetricItems.lay_out(base, samples, metrics, settings, blocks=1, vision=vision)
         measurements[f"losses: plain laid out{suffix}"] = lambda items=items: items.losses(base)
         measurements[f"answers: plain laid out{suffix}"] = lambda asked=asked: asked.values(base)
         for kind, merge in merges.items():
@@ -101,7 +103,7 @@ def make_measurements(
             }
     for apart, suffix in ((False, "targets mixed"), (True, "targets apart")):
         items = TargetItems.lay_out(
-            base, encoded, weights, items_per_batch=settings.batch_size, share_vision=True, targets_apart=apart
+            base, encoded, weights, items_per_batch=settings.batch_size, vision=VisionFeatures(), targets_apart=apart
         )
         for kind, merge in merges.items():
             measurements[f"slopes: {kind}, {suffix}"] = lambda items=items, m=merge: m.slopes(next(mixtures), items)

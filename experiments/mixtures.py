@@ -106,8 +106,7 @@ class Measured:
     def __init__(self, workflow: Workflow) -> None:
         self.mixing = mixing = workflow.mixing
         self.by_metric: dict[str, MetricItems] = {
-            name: lay_out_items(mixing.base, mixing.run, workflow.targets, metric, share_vision=False)
-            for name, metric in METRICS.items()
+            name: lay_out_items(mixing.base, mixing.run, workflow.targets, metric) for name, metric in METRICS.items()
         }
         self.target_V = self.by_metric["loss"].target_V
 

@@ -3,6 +3,7 @@
 It has what scorers use of a VLM and nothing else. Gradient of a point's loss: (w . x - y) x.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ class Quadratic:
 
     def losses(self, batch: dict[str, Tensor], *, dtype: torch.dtype = torch.float32) -> Tensor:
         return ((batch["x"] @ self.weight - batch["y"]) ** 2 / 2).to(dtype)
+
+    def reusing(self, vision: None, batch: dict[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """It looks at no picture."""
+        return contextlib.nullcontext(vision)
 
     def scorer(self, *targets: Sequence[Point], rule: StepRule = SGD, step: float = 1.0) -> OneStepScorer:
         """Exact utility for targets of equal weight."""

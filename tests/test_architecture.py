@@ -14,7 +14,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
     {"confined", "display", "diversity", "errors", "events", "regular_files", "template", "tiny.world"},
     {"durable", "locations", "objective", "progress", "simplex"},
-    {"accounts", "attempts", "metrics", "sample", "strict_yaml", "tiny.model", "tiny.pools", "uncertainty"},
+    {
+        "accounts",
+        "attempts",
+        "metrics",
+        "sample",
+        "strict_yaml",
+        "tiny.model",
+        "tiny.pools",
+        "uncertainty",
+        "vision_features",
+    },
     {"config", "mergeability", "optimum", "surrogates"},
     {"calibration", "racing", "run", "slope_stage"},
     {"checkpoints", "engines", "posterior", "scores", "verdict", "vlm"},

@@ -9,6 +9,7 @@ from datalloy.errors import DataError, ModelError
 from datalloy.evaluation import JudgedItems, MetricItems, answer_losses, evaluate
 from datalloy.sample import Turn
 from datalloy.training import train
+from datalloy.vision_features import VisionFeatures
 from drawn import build_vlm, draw_samples
 
 SETTINGS = Evaluate(batch_size=4, max_new_tokens=8, resamples=200)
@@ -164,7 +165,9 @@ def targets(samples):
 @pytest.mark.parametrize("share_vision", [False, True])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_metric_items_have_the_marks_of_evaluation(blocks, share_vision, vlm, targets):
-    items = MetricItems.lay_out(vlm, targets, METRICS, SETTINGS, blocks=blocks, share_vision=share_vision)
+    items = MetricItems.lay_out(
+        vlm, targets, METRICS, SETTINGS, blocks=blocks, vision=VisionFeatures() if share_vision else None
+    )
     for _ in range(2):
         value_V = items.values(vlm)
         for g, (name, group) in enumerate(targets.items()):

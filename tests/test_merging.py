@@ -16,6 +16,7 @@ from datalloy.errors import ModelError
 from datalloy.merging import Merge, open_merge
 from datalloy.target_items import TargetItems
 from datalloy.tiny.model import build_model, build_processor
+from datalloy.vision_features import VisionFeatures
 from datalloy.vlm import VLM
 from drawn import draw_samples
 
@@ -190,7 +191,7 @@ def test_slopes_are_dot_products_of_the_gradient_with_each_experts_change(base, 
             assert slope_GK[g, k] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("layout", [{"items_per_batch": 3}, {"share_vision": True}, {"targets_apart": True}])
+@pytest.mark.parametrize("layout", [{"items_per_batch": 3}, {"vision": VisionFeatures()}, {"targets_apart": True}])
 def test_slopes_do_not_depend_on_the_layout(layout, base, merge, targets):
     expected_G, expected_GK = merge.slopes(MIXED, lay_out(base, targets))
     items = lay_out(base, targets, **layout)
@@ -228,7 +229,7 @@ def test_experts_of_the_vision_tower_have_no_slope_on_text(write, base, text_onl
 
 def test_kept_features_of_a_tower_that_experts_changed_are_refused(base, targets, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter", r=2, target_modules=r".*vision_model.*q_proj")
-    merge, items = open_merge(base, {"a": adapter}), lay_out(base, targets, share_vision=True)
+    merge, items = open_merge(base, {"a": adapter}), lay_out(base, targets, vision=VisionFeatures())
     items.losses(merge.vlm)
     with pytest.raises(ModelError, match="was changed since"):
         items.losses(merge.set([1.0]))

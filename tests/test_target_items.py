@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from datalloy.target_items import TargetItems
+from datalloy.vision_features import VisionFeatures
 from quadratic import Point, Quadratic
 
 
@@ -40,7 +41,7 @@ def test_targets_apart_share_no_batch():
 
 
 def test_shared_vision_changes_no_loss(proxy, targets, items):
-    shared = TargetItems.lay_out(proxy, targets, {"first": 1.0, "second": 3.0}, share_vision=True)
+    shared = TargetItems.lay_out(proxy, targets, {"first": 1.0, "second": 3.0}, vision=VisionFeatures())
     for _ in range(2):
         assert np.array_equal(shared.losses(proxy), items.losses(proxy))
 

@@ -28,7 +28,8 @@ from datalloy import vlm
 from datalloy.errors import ModelError
 from datalloy.sample import FileImage, Origin, Sample, Turn
 from datalloy.tiny.model import build_model, build_processor
-from datalloy.vlm import IGNORED, VLM, EncodeError, VisionFeatures
+from datalloy.vision_features import VisionFeatures
+from datalloy.vlm import IGNORED, VLM, EncodeError
 
 # float32 sums in another order: seen up to 1e-6 on losses of 5 to 6
 TOLERANCE = 1e-5
@@ -250,8 +251,8 @@ def count_looks(vlm: VLM) -> list:
     return looks
 
 
-def kept_losses(vlm: VLM, batch, vision: VisionFeatures, key=0) -> torch.Tensor:
-    with torch.no_grad(), vision.reuse(vlm, key):
+def kept_losses(vlm: VLM, batch, vision: VisionFeatures) -> torch.Tensor:
+    with torch.no_grad(), vlm.reusing(vision, batch):
         return vlm.losses(batch)
 
 
@@ -299,7 +300,7 @@ def test_kept_features_leave_the_decoders_gradients_as_they_are(checkpoint, mixe
     expected = torch.autograd.grad(vlm.losses(batch).sum(), parameters)
     vision = VisionFeatures()
     for _ in range(2):
-        with vision.reuse(vlm, 0):
+        with vlm.reusing(vision, batch):
             found = torch.autograd.grad(vlm.losses(batch).sum(), parameters)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -472,8 +473,8 @@ def test_features_are_kept_by_batch(looking, mixed):
     other = vlm.collate([vlm.encode(mixed[1])])
     vision = VisionFeatures()
     for _ in range(2):
-        assert torch.equal(kept_losses(vlm, batch, vision, "all"), single_batch_losses(vlm, batch))
-        assert torch.equal(kept_losses(vlm, other, vision, "one"), single_batch_losses(vlm, other))
+        assert torch.equal(kept_losses(vlm, batch, vision), single_batch_losses(vlm, batch))
+        assert torch.equal(kept_losses(vlm, other, vision), single_batch_losses(vlm, other))
 
 
 def test_a_batch_without_pictures_has_features_to_keep_too(looking, mixed):
@@ -500,9 +501,9 @@ def test_features_of_another_tower_are_refused(looking):
 def test_more_looks_than_were_kept_are_refused(looking):
     vlm, batch = looking
     vision = VisionFeatures()
-    with vision.reuse(vlm, 0):
+    with vlm.reusing(vision, batch):
         pass
-    with pytest.raises(ModelError, match="looks at batch 0 more often"):
+    with pytest.raises(ModelError, match="looks at a batch more often"):
         kept_losses(vlm, batch, vision)
 
 

@@ -26,7 +26,8 @@ from datalloy.progress import track
 from datalloy.sample import Sample
 from datalloy.target_items import TargetItems
 from datalloy.uncertainty import Interval, bootstrap_interval
-from datalloy.vlm import VLM, Encoded, Prompts, VisionFeatures
+from datalloy.vision_features import VisionFeatures
+from datalloy.vlm import VLM, Encoded, Prompts
 
 BOOTSTRAP_SEED = 0
 SCORED = ("loss", "answer_probability")  # metrics for which nothing is generated
@@ -145,11 +146,11 @@ class MetricItems:
         settings: Evaluate,
         *,
         blocks: int,
-        share_vision: bool = False,
+        vision: VisionFeatures | None = None,
     ) -> "MetricItems":
-        """Lay out `samples` of each target. `share_vision`: all candidates have the vision tower of the first.
+        """Lay out `samples` of each target. `vision`: all candidates have one vision tower; what it sees is kept there.
 
-        Price: pixels of all items stay in memory, and with `share_vision` what the tower sees in them. Raises DataError
+        Price: pixels of all items stay in memory, and with `vision` what the tower sees in them. Raises DataError
         where a target has fewer items than `blocks`, or an item cannot be encoded.
         """
         for name, group in samples.items():
@@ -175,7 +176,7 @@ class MetricItems:
                     written_V=np.flatnonzero((block_V == block) & ~is_scored_V),
                     is_loss_V=is_loss_V,
                     settings=settings,
-                    share_vision=share_vision,
+                    vision=vision,
                 )
                 for block in range(blocks)
             ),
@@ -254,7 +255,7 @@ class _Block:
         written_V: np.ndarray,
         is_loss_V: np.ndarray,
         settings: Evaluate,
-        share_vision: bool,
+        vision: VisionFeatures | None,
     ) -> "_Block":
         encoded = [vlm.encode(samples_V[v]) for v in scored_V]
         size = settings.batch_size
@@ -264,9 +265,9 @@ class _Block:
             written_V=written_V,
             is_loss_S=is_loss_V[scored_V],
             tokens_S=count_tokens(encoded),
-            items=TargetItems.lay_out(vlm, groups, {"scored": 1.0}, items_per_batch=size, share_vision=share_vision),
+            items=TargetItems.lay_out(vlm, groups, {"scored": 1.0}, items_per_batch=size, vision=vision),
             prompts=vlm.lay_out_prompts([samples_V[v] for v in written_V], size),
-            vision=VisionFeatures() if share_vision else None,
+            vision=vision,
             max_new_tokens=settings.max_new_tokens,
         )
 

@@ -55,6 +55,7 @@ from datalloy.target_items import TargetItems
 from datalloy.training import train
 from datalloy.uncertainty import Interval, rank_agreement, target_means
 from datalloy.verdict import Confirmation, Verdict, judge
+from datalloy.vision_features import VisionFeatures
 from datalloy.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -98,17 +99,18 @@ class MergedModels:
         recipe, shared = run.recipe, merge.vision_is_shared
         encoded = {n: EncodedSamples(merge.vlm, s, max_tokens=recipe.train.max_tokens) for n, s in targets.items()}
         even = dict.fromkeys(targets, 1.0)
+        vision = VisionFeatures() if shared else None
         metrics = metrics_of(run.recipe, metric)
         self._loss_items = TargetItems.lay_out(
             merge.vlm,
             encoded,
             even,
-            share_vision=shared,
+            vision=vision,
             targets_apart=True,
             by_probability=[name for name in targets if metrics[name] != "loss"],
         )
         self._tokens_V = count_tokens([item for group in encoded.values() for item in group])
-        self._items = lay_out_items(merge.vlm, run, targets, metric, share_vision=shared)
+        self._items = lay_out_items(merge.vlm, run, targets, metric, vision)
         self.names, self.targets = merge.names, tuple(targets)
         self.target_V, self.block_V = self._items.target_V, self._items.block_V
 
@@ -617,13 +619,13 @@ class Mixing:
 
     @cached_property
     def _items(self) -> MetricItems:
-        return lay_out_items(self.base, self.run, self.targets, self.settings.metric, share_vision=False)
+        return lay_out_items(self.base, self.run, self.targets, self.settings.metric)
 
     @cached_property
     def _unseen_items(self) -> MetricItems | JudgedItems:
         """Where search is by probability, marks count half, as in the bake-off: the probability alone misleads."""
         if self.settings.metric != "probability":
-            return lay_out_items(self.base, self.run, self.unseen, self.settings.metric, share_vision=False)
+            return lay_out_items(self.base, self.run, self.unseen, self.settings.metric)
         metrics = metrics_of(self.run.recipe, "target")
         return JudgedItems.lay_out(self.base, self.unseen, metrics, self.run.recipe.evaluate)
 
@@ -709,12 +711,12 @@ def metrics_of(recipe: config.Recipe, metric: str) -> dict[str, config.Metric]:
 
 
 def lay_out_items(
-    vlm: VLM, run: Run, targets: Mapping[str, Sequence[Sample]], metric: str, *, share_vision: bool
+    vlm: VLM, run: Run, targets: Mapping[str, Sequence[Sample]], metric: str, vision: VisionFeatures | None = None
 ) -> MetricItems:
     """The targets' items in blocks, judged as `metrics_of` says."""
     metrics = metrics_of(run.recipe, metric)
     blocks = min(BLOCKS, min(len(items) for items in targets.values()))
-    return MetricItems.lay_out(vlm, targets, metrics, run.recipe.evaluate, blocks=blocks, share_vision=share_vision)
+    return MetricItems.lay_out(vlm, targets, metrics, run.recipe.evaluate, blocks=blocks, vision=vision)
 
 
 def _halves(targets: Mapping[str, Sequence[Sample]], seed: int) -> tuple[dict[str, list[Sample]], ...]:

@@ -4,7 +4,6 @@ The items of all targets are laid out once in fixed batches (sorted by length), 
 loss after a step are computed with the same padding and their rounding cancels. Legend: V target items, G targets.
 """
 
-import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datalloy.vlm import IGNORED, VLM, Encoded, VisionFeatures
+from datalloy.vision_features import VisionFeatures
+from datalloy.vlm import IGNORED, VLM, Encoded
 
 # Part of the layout, hence of the result's last bits: a constant, not a setting.
 ITEMS_PER_BATCH = 64
@@ -55,11 +55,11 @@ class TargetItems:
         weights: Mapping[str, float],
         *,
         items_per_batch: int = ITEMS_PER_BATCH,
-        share_vision: bool = False,
+        vision: VisionFeatures | None = None,
         targets_apart: bool = False,
         by_probability: Collection[str] = (),
     ) -> "TargetItems":
-        """Lay out the encoded items of each target. `share_vision`: all models measured have one vision tower.
+        """Lay out the encoded items of each target. `vision`: all models measured have one vision tower.
 
         `targets_apart`: no batch holds items of two targets. A gradient of each target then costs one backward pass of
         its own batches and not of all; a little more padding is its price.
@@ -76,7 +76,7 @@ class TargetItems:
             target_V=target_V,
             batches=tuple((np.array(chunk), vlm.collate([items[v] for v in chunk])) for chunk in chunks),
             by_probability_G=np.array([name in by_probability for name in encoded]),
-            vision=VisionFeatures() if share_vision else None,
+            vision=vision,
         )
 
     @property
@@ -97,8 +97,9 @@ class TargetItems:
 
     def batch_losses(self, vlm: VLM, index: int) -> Tensor:
         """Losses of the items of one batch, in its order, differentiable."""
-        with self.vision.reuse(vlm, index) if self.vision else contextlib.nullcontext():
-            return vlm.losses(self.batches[index][1])
+        _, batch = self.batches[index]
+        with vlm.reusing(self.vision, batch):
+            return vlm.losses(batch)
 
     def batch_risks(self, vlm: VLM, index: int) -> Tensor:
         """What is to be lowered for the items of one batch: their losses, or their answers' probabilities, negated."""

@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +49,7 @@ from datalloy.durable import complete_files
 from datalloy.errors import DataError, ModelError
 from datalloy.sample import MAX_IMAGE_PIXELS, ImageRef, Sample, Turn, open_image
 from datalloy.tiny.model import WEIGHTS
+from datalloy.vision_features import VisionFeatures
 
 log = logging.getLogger(__name__)
 
@@ -401,7 +402,7 @@ class VLM:
 
     @torch.no_grad()
     def write_answers(
-        self, prompts: Prompts, *, max_new_tokens: int, vision: "VisionFeatures | None" = None
+        self, prompts: Prompts, *, max_new_tokens: int, vision: VisionFeatures | None = None
     ) -> list[str]:
         """As `generate`, for prompts that are laid out. `vision` keeps what the vision tower sees in them."""
         settings = transformers.GenerationConfig(
@@ -409,9 +410,9 @@ class VLM:
         )
         answers = [""] * prompts.count
         with _evaluating(self.model):
-            for key, (positions, padded) in enumerate(prompts.batches):
+            for positions, padded in prompts.batches:
                 batch = self._to_device(padded)
-                with vision.reuse(self, key) if vision else contextlib.nullcontext():
+                with self.reusing(vision, padded):
                     tokens = self.base_model.generate(**batch, generation_config=settings)
                 for i, written in zip(positions, tokens[:, batch["input_ids"].shape[1] :], strict=True):
                     text = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -439,6 +440,12 @@ class VLM:
         if tower is self.base_model:
             raise ModelError(f"{self.name}: no vision tower found in a {self.base_model.config.model_type!r} model")
         return tower
+
+    def reusing(
+        self, vision: VisionFeatures | None, batch: Mapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Where `vision` is given, what the tower sees in `batch` inside is kept there and taken from there."""
+        return vision.reuse(self.vision_tower(), batch, self.name) if vision else contextlib.nullcontext()
 
     def vision_parameters(self) -> Iterator[torch.nn.Parameter]:
         """The parameters of the vision tower, without the connector to the language model."""
@@ -738,67 +745,6 @@ class VLM:
     def _pad_id(self) -> int:
         # which token pads does not matter: it is masked
         return self._stop_ids()[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-
-
-class VisionFeatures:
-    """What a vision tower gives for fixed batches, computed once for all models that share the tower's weights.
-
-    For targets that many candidates are measured on while the tower is frozen; the connector behind the tower is
-    computed anew each time, because candidates may differ in it. Price: the tower's outputs stay on the device, for a
-    picture as many numbers as its patches times the tower's width. No gradient reaches the tower.
-
-    Trap: only the tower's weights are compared. A hook in the tower goes unnoticed, and a batch under the key of
-    another is answered with the other's pictures.
-    """
-
-    def __init__(self) -> None:
-        self._outputs: dict[Hashable, list[Any]] = {}
-        # held on to, or another model's could come to lie where they lay; with how often each was written to
-        self._weights: list[tuple[Tensor, int]] | None = None
-
-    @contextlib.contextmanager
-    def reuse(self, vlm: VLM, key: Hashable) -> Iterator[None]:
-        """Calls of the tower inside are recorded when `key`, a fixed batch, comes first, and replayed afterwards.
-
-        Raises ModelError for a tower with other weights than before, or more calls than were recorded.
-        """
-        tower: Any = vlm.vision_tower()
-        self._check_weights(vlm, tower)
-        recorded: list[Any] = []
-        kept = iter(self._outputs.get(key, ()))
-        look = tower.forward
-
-        @torch.no_grad()
-        def record(*args: Any, **kwargs: Any) -> Any:
-            output = look(*args, **kwargs)
-            recorded.append(copy.copy(output))  # Qwen replaces entries of what its tower returned
-            return output
-
-        def replay(*_: Any, **__: Any) -> Any:
-            for output in kept:
-                return copy.copy(output)
-            raise ModelError(f"{vlm.name} looks at batch {key!r} more often than the model whose features were kept")
-
-        replaced = vars(tower).get("forward")
-        tower.forward = replay if key in self._outputs else record
-        try:
-            yield
-        finally:
-            if replaced is None:
-                del tower.forward
-            else:
-                tower.forward = replaced
-        self._outputs.setdefault(key, recorded)
-
-    def _check_weights(self, vlm: VLM, tower: torch.nn.Module) -> None:
-        weights = [(parameter.detach(), parameter._version) for parameter in tower.parameters()]
-        if self._weights is None:
-            self._weights = weights
-        if [(w.data_ptr(), version) for w, version in weights] != [(w.data_ptr(), v) for w, v in self._weights]:
-            raise ModelError(
-                f"the vision tower of {vlm.name} is not the one whose features were kept, or was changed since; "
-                "features are shared only by models on the very same tower weights"
-            )
 
 
 def build_processor(folder: Path, config: transformers.PretrainedConfig) -> Any:

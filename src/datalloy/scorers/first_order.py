@@ -14,7 +14,6 @@ the prototype (DESIGN 2.3): never a default.
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ from datalloy.scorers.one_step import ScoreBlock
 from datalloy.scorers.step import TINY, Steppable, StepRule, inner
 from datalloy.scorers.taps import Taps
 from datalloy.target_items import TargetItems
-from datalloy.vlm import VLM, Encoded, VisionFeatures
+from datalloy.vision_features import VisionFeatures
+from datalloy.vlm import VLM, Encoded
 
 # Size of the probing displacement relative to the weights: large enough for rounding, small enough to be linear. Worst
 # Spearman with the exact product over five pools on three small models: 0.967 at 1e-4, 0.996 at 3e-5 (where samples are
@@ -106,13 +106,10 @@ class _Pool:
         dtype = torch.float32 if self.vlm.device.type == "mps" else torch.float64
         losses = []
         with torch.no_grad():
-            for index, batch in enumerate(self._batches):
-                with self._seen(index):
+            for batch in self._batches:
+                with self.vlm.reusing(self._vision, batch):
                     losses.append(self.vlm.losses(batch, dtype=dtype).cpu().double().numpy())
         return np.concatenate(losses)[self._restored]
-
-    def _seen(self, index: int) -> AbstractContextManager[None]:
-        return self._vision.reuse(self.vlm, index) if self._vision else nullcontext()
 
 
 def vision_stands_still(vlm: VLM, steppable: Steppable) -> bool:

@@ -112,7 +112,7 @@ def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
     """
     mixing = workflow.mixing
     weight_NK = grid(len(mixing.names), GRID_PARTS)
-    items = lay_out_items(mixing.base, mixing.run, workflow.targets, mixing.settings.metric, share_vision=False)
+    items = lay_out_items(mixing.base, mixing.run, workflow.targets, mixing.settings.metric)
 
     def measure(weight_K: np.ndarray) -> dict[str, list[float]]:
         models = {"true": VLM.load(str(mixing.train_on(weight_K))), "merged": mixing.merge.set(weight_K)}
