@@ -148,6 +148,15 @@ def test_the_child_ends_with_its_parent(end):
     pytest.fail("the child is still there")
 
 
+@pytest.fixture
+def interruptible():
+    """Where the tests are started in the background of a script, interrupts are ignored; here they are not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_call_and_not_the_next_one(call):
     call(0)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
