@@ -50,6 +50,8 @@ bench: setup
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/kept_vision.py
 	$(BIN)/python benchmarks/trained.py --worlds noisy
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/viewer.py

@@ -30,7 +30,7 @@ LAYERS = (
     {"checkpoints", "engines", "posterior", "scores", "verdict", "vlm"},
     {"evaluators", "encoding", "mixture", "search", "sharding", "surface", "target_items"},
     {"bakeoff", "evaluation", "leakage", "merging", "readers", "scorers", "selection", "training"},
-    {"told_recipe", "embeddings", "exporters", "mixing"},
+    {"checking", "told_recipe", "embeddings", "exporters", "mixing"},
     {"told", "costs", "report", "summary", "viewer", "workflows"},
     {"asktell"},
     {"api", "tiny.demo"},
