@@ -39,7 +39,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "calibrated, warm-up 100 %": ("score.warmup_fraction=1",),
     "calibrated, 8 items a target": ("score.target_items=8",),
     "calibrated, 16 items a target": ("score.target_items=16",),
-    "calibrated, 64 items a target": ("score.target_items=64",),
+    # where a bake-off follows, half of the items judge it
+    "calibrated, 64 items a target": ("score.target_items=64", "select.keep_fraction=0.5"),
     "calibrated, the unblurred model as proxy": ("proxy=tiny",),
     "calibrated, ranked by length": ("score.length_normalised=true",),
 }
