@@ -4,8 +4,8 @@
 
 The vision tower of Qwen2.5-VL-3B at its true size with random weights, in float32, drawn pictures of 448 pixels. The
 same batches are looked at anew, taken from memory, and read back from the file that stands in for memory. Seconds of
-wall time of one thread, medians of five turns; the file is in the page cache, so this is the cost of reading without
-that of a slow disk. Ten minutes of one core, 8 GB of memory.
+wall time of one thread, medians of three turns; the file is in the page cache, so this is the cost of reading without
+that of a slow disk. Five minutes of one core, 8 GB of memory.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from datalloy.vlm import VLM
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 from provenance import provenance
 
-PICTURES, TURNS = 4, 5
+PICTURES, TURNS = 1, 3
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
