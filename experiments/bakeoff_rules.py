@@ -4,9 +4,9 @@
     python experiments/bakeoff_rules.py --worlds "wrong 30 %" --items 256 --runs runs/selection
 
 One row an arm and seed of training: the value of every target item (half mark, half probability of the right answer)
-after the short and the long training, and after the short one on as much smaller a part of what the arm keeps, as the
-race has it; which items score samples and which judge, and how many of the 300 held-out questions the long one answers
-rightly. Rules are then compared on the rows alone (`scripts/evidence.py`): what each
+after the short and the long training, and after the short one and one of half the length on as much smaller a part of
+what the arm keeps, as the race has it; which items score samples and which judge, and how many of the 300 held-out
+questions the long one answers rightly. Rules are then compared on the rows alone (`scripts/evidence.py`): what each
 would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
 selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
 
@@ -34,6 +34,7 @@ from datalloy.tiny.pools import write_pool
 from datalloy.training import train
 
 SHORT = 12  # steps of a first round of eight arms
+PARTS = {"part": SHORT, "half": STEPS // 2}  # steps of runs on parts
 ARMS = (
     Job("full"),
     Job("random", 0.5),
@@ -55,13 +56,13 @@ def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) ->
     return {**found, **world.held_out.measure(vlm)}
 
 
-def measure_part(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
-    """Values of all target items after the short training on a part, repeated as often as all are in the long one."""
+def measure_part(world: World, kept: Sequence[int], seed: int, items: JudgedItems, name: str) -> dict[str, Any]:
+    """Values of all target items after a training on a part, repeated as often as all are in the long one."""
     work = world.workflow
     vlm = work._base.copy()
-    part = work._part_for(kept, SHORT)
-    train(vlm, work._encoded_pool.pick(part), work._train_settings(seed=seed), None, steps=SHORT)
-    return {"part": np.round(items.values(vlm), 4).tolist()}
+    part = work._part_for(kept, PARTS[name])
+    train(vlm, work._encoded_pool.pick(part), work._train_settings(seed=seed), None, steps=PARTS[name])
+    return {name: np.round(items.values(vlm), 4).tolist()}
 
 
 def further_items(name: str, seed: int, count: int, folder: Path) -> dict[str, list[Sample]]:
@@ -94,8 +95,9 @@ def run_world(
                 train_and_judge = partial(measure, world, world.kept(job), train_seed, items)
                 found = world.run.once(f"{unit}/{train_seed}-{job.name}", train_and_judge)
                 if further is None and job in RACED:
-                    train_part = partial(measure_part, world, world.kept(job), train_seed, items)
-                    found = {**found, **world.run.once(f"part/{train_seed}-{job.name}", train_part)}
+                    for run in PARTS:
+                        train_part = partial(measure_part, world, world.kept(job), train_seed, items, run)
+                        found = {**found, **world.run.once(f"{run}/{train_seed}-{job.name}", train_part)}
                 rows.append({"scorer": job.scorer, "fraction": job.fraction, "train_seed": train_seed, **found})
         return {
             "world": name,

@@ -71,34 +71,58 @@ def test_keeping_everything_wins_when_selection_harms():
     assert all(margin.interval.low > 0 for margin in outcome.margins)
 
 
-def test_a_part_that_wins_by_runs_that_end_early_is_not_said_to_lead_to_the_end():
-    track = Track({TAIL: 0.02})
-    caution = run(track, budget_steps=230, longest_steps=61).caution  # rounds of 10 and 30 steps
-    assert "took 30 of the final training's 61 steps" in caution
-    assert "raise select.bakeoff_epochs 2.0 times" in caution
-    assert run(track, budget_steps=230, longest_steps=60).caution is None
-    assert run(Track({FULL: 0.02}), budget_steps=230, longest_steps=61).caution is None
+LOWS = [Arm("low_loss", fraction, "domain") for fraction in (0.2, 0.5, 0.8)]
+TAILS = [Arm("tail", fraction, "domain") for fraction in (0.2, 0.5, 0.8)]
+
+
+def test_two_rounds_whose_longest_runs_take_half_of_the_final_training_are_affordable_or_not():
+    track = Track({}, noise=1.0)
+    arms = [FULL, RANDOM, *LOWS, *TAILS]
+    run(track, arms, budget_steps=460, longest_steps=120)  # 8 of 20 steps, then at most 5 of 60
+    assert track.runs[:8] == [(arm, 20, 1) for arm in arms]
+    assert {(steps, number) for _, steps, number in track.runs[8:]} == {(60, 2)}
+
+
+@pytest.mark.parametrize(("budget_steps", "raced", "steps"), [(459, 7, 65), (240, 4, 60), (179, 2, 89), (60, 2, 30)])
+def test_where_they_are_not_fewer_arms_run_and_not_shorter_ones(budget_steps, raced, steps):
+    track = Track({}, noise=1.0)
+    run(track, [FULL, RANDOM, *LOWS, *TAILS], budget_steps=budget_steps, longest_steps=120)
+    by_risk = [FULL, *LOWS[::-1], *TAILS[::-1], RANDOM]
+    assert track.runs == [(arm, steps, 1) for arm in by_risk[:raced]]
+
+
+def test_what_the_budget_was_too_small_for_is_said():
+    arms = [FULL, RANDOM, *LOWS]
+    some = run(Track({}), arms, budget_steps=180, longest_steps=120).caution
+    assert some.startswith("the bake-off's budget was too small to try random 50% domain, low_loss 20% domain. ")
+    assert some.endswith("raise select.bakeoff_epochs 1.7 times")  # 5 runs of 60 steps instead of 3
+    early = run(Track({}), [FULL, LOWS[2]], budget_steps=60, longest_steps=120).caution
+    assert early.startswith(
+        "the runs of the bake-off took 30 of the final training's 120 steps; a selection that leads"
+    )
+    assert early.endswith("raise select.bakeoff_epochs 2.0 times")
+    assert run(Track({}), [FULL, LOWS[2]], budget_steps=120, longest_steps=120).caution is None
+    assert run(Track({}), arms, budget_steps=400, longest_steps=120).caution is None
 
 
 def test_where_runs_end_early_only_what_is_beyond_its_interval_throws_samples_out():
-    small = Arm("tail", 0.2, "domain")
+    larger = LOWS[2]
     noise_V = np.random.default_rng(0).normal(0, 0.3, V)
     noise_V *= 0.1 / (noise_V.std(ddof=1) / np.sqrt(V))  # a standard error of 0.1
     noise_V -= noise_V.mean()
 
     def winner(gain, longest_steps):
-        values = {small: gain + noise_V}
-        track = lambda arm, steps, number: BASE_V + values.get(arm, 0)  # noqa: E731
-        return run(track, [FULL, RANDOM, small], budget_steps=120, longest_steps=longest_steps).winner  # 30 steps
+        track = lambda arm, steps, number: BASE_V + {larger: gain + noise_V}.get(arm, 0)  # noqa: E731
+        return run(track, [FULL, RANDOM, larger], budget_steps=60, longest_steps=longest_steps).winner  # 30 steps each
 
-    assert winner(0.15, longest_steps=60) == small
+    assert winner(0.15, longest_steps=60) == larger
     assert winner(0.15, longest_steps=61) == FULL
-    assert winner(0.25, longest_steps=61) == small
+    assert winner(0.25, longest_steps=61) == larger
 
 
 def test_margins_tell_how_much_better_the_winner_does():
     gains = {TAIL: 0.02, LOW: 0.015, LONG: 0.012, RANDOM: 0.01}
-    outcome = run(Track(gains, noise=0.0), budget_steps=230)  # rounds of 10 and 30 steps
+    outcome = run(Track(gains, noise=0.0), budget_steps=230, longest_steps=60)  # rounds of 10 and 30 steps
     margins = {margin.over: margin for margin in outcome.margins}
     assert margins["full"].mean == pytest.approx(0.6)
     assert margins["full"].interval == pytest.approx((0.6, 0.6))  # the same for every item
@@ -107,7 +131,7 @@ def test_margins_tell_how_much_better_the_winner_does():
 
 
 def test_the_winner_is_held_against_training_on_nothing():
-    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=230).over_base
+    helped = run(Track({TAIL: 0.02}, noise=0.0), budget_steps=230, longest_steps=60).over_base
     assert (helped.over, helped.mean) == ("the base", pytest.approx(0.6))
     harmed = run(Track(dict.fromkeys(ARMS, -0.02) | {TAIL: -0.01}))
     assert harmed.winner == TAIL
@@ -147,13 +171,14 @@ def test_neither_the_budget_nor_the_longest_run_is_exceeded(budget_steps, longes
     outcome = run(track, budget_steps=budget_steps, longest_steps=longest_steps)
     lengths = [steps for _, steps, _ in track.runs]
     assert sum(lengths) == outcome.steps_spent <= budget_steps
-    assert MIN_STEPS <= min(lengths) < max(lengths) <= longest_steps
+    assert MIN_STEPS <= min(lengths) <= max(lengths) <= longest_steps
 
 
 def test_the_budget_is_used_as_far_as_whole_steps_go():
     track = Track({}, noise=1.0)  # nobody is ruled out
     # 8 arms of 10 steps, and 30 for the best three, the full pool and a larger selection, which may be among the best
-    assert run(track, budget_steps=230).steps_spent in (170, 200, 230)
+    assert run(track, budget_steps=230, longest_steps=60).steps_spent in (170, 200, 230)
+    assert run(track, budget_steps=230, longest_steps=100).steps_spent == 228  # four arms of 57
 
 
 def test_all_arms_run_the_same_number_of_steps_in_a_round():
@@ -205,7 +230,7 @@ def test_a_larger_selection_that_only_the_last_round_shows_to_be_best_wins():
         gain = {LOW: 0.2, TAIL: 0.1, LONG: 0.05, larger: 0.5 if number == 2 else 0.0}.get(arm, 0)
         return BASE_V + gain
 
-    outcome = run(track, [*ARMS, larger])
+    outcome = run(track, [*ARMS, larger], budget_steps=460)
     assert outcome.winner == larger
     assert {"full", LOW.name, TAIL.name, LONG.name, RANDOM.name} == {margin.over for margin in outcome.margins}
 
@@ -253,12 +278,12 @@ def test_the_same_seed_gives_the_same_outcome():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"budget_steps": 91}, r"8 arms needs 92 training steps.*select\.bakeoff_epochs allows 91"),
-        ({"longest_steps": 11}, r"final training of 12 steps, train\.samples or train\.epochs give 11"),
+        ({"budget_steps": 7}, r"select\.bakeoff_epochs allows 7 steps for 2 of its arms"),
+        ({"longest_steps": 3}, r"train\.samples or train\.epochs give the final training 3"),
     ],
 )
 def test_a_race_too_short_to_tell_arms_apart_is_refused_by_its_keys(sizes, message):
-    with pytest.raises(RecipeError, match=rf"{message}.*fewer select\.bakeoff_arms"):
+    with pytest.raises(RecipeError, match=rf"{message}.*set score\.method and select\.keep_fraction"):
         run(Track({}), **sizes)
 
 

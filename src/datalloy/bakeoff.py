@@ -14,15 +14,19 @@ Two rounds: all arms run briefly; the finalists run again, from the start, three
 best three, the full pool, and the next larger selection by the best score. Long runs are what the decision needs: a
 small clean selection leads at first and is overtaken when it has been repeated often, and wrong answers do their harm
 late. So no arm is ruled out by how sure a short run is of it, and the best meets its own next larger selection at full
-length. A third, still shorter round before these told nothing: after four steps all arms are alike. Where the budget
-does not allow runs as long as the final training, a run has to see as much smaller a part of what its arm keeps, which
-is then repeated as often as it will be: `run_arm` sees to that.
+length. A third, still shorter round before these told nothing: after four steps all arms are alike. A run that is
+shorter than the final training has to see as much smaller a part of what its arm keeps, which is then repeated as often
+as it will be: `run_arm` sees to that.
 
-Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps. Where no
-run takes half of the final training's steps, all count as tied whose difference is within its interval.
+Where the budget is too small for two rounds whose longest runs take half of the final training's steps, fewer arms run,
+once, and not shorter: the full pool, then the largest selection by the first scorer, its next smaller one, and so on.
+Where even two such runs are too much, the lead has to be beyond its interval.
+
+Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,10 +41,10 @@ BEST = 3  # arms of the first round go on to the second
 FINALISTS = BEST + 2  # at most: the full pool and the next larger selection by the best score with them
 LONGER = 3  # times the steps of the first round
 NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
-EARLY = 0.5  # of the final training's steps: where no run takes as many, what leads is not said to lead to the end
-EARLY_TIED = 2.0  # standard errors there: only what is beyond its interval may throw samples out
+EARLY = 0.5  # of the final training's steps: what leads in shorter runs is not said to lead to the end
+EARLY_TIED = 2.0  # standard errors in such runs: only what is beyond its interval may throw samples out
 JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
-MIN_STEPS = 4  # of the first round; fewer tell nothing
+MIN_STEPS = 4  # of a run; fewer tell nothing
 
 
 @dataclass(frozen=True)
@@ -114,50 +118,89 @@ def race(
     `run_arm(arm, steps, round)` trains afresh on a part of what the arm keeps, in proportion to the steps, and returns
     the value of every target item, [V], higher is better; `base_V` are those of the base, before any training.
     `weight_V` sums to one. Raises RecipeError when the budget is too small to tell arms apart, ModelError when the
-    values after a run are not finite. The order of `arms` does not matter: ties go by name.
+    values after a run are not finite. The order of `arms` matters only where the budget is too small for all of them.
     """
-    short, long = _plan(arms, budget_steps, longest_steps)
-    first = _run_all(arms, run_arm, short, 1)
-    ranked = _ranked(first, weight_V)
-    log.info("bake-off: best after %d steps: %s", short, ", ".join(arm.name for arm in ranked[:FINALISTS]))
-    last = _run_all(_finalists(ranked), run_arm, long, 2)
-    ends_early = long < EARLY * longest_steps
-    winner = _winner(last, weight_V, EARLY_TIED if ends_early else NEARLY_TIED)
+    plan = plan_race(arms, budget_steps, longest_steps)
+    first = _run_all(plan.arms, run_arm, plan.steps, 1)
+    last, longest = first, plan.steps
+    if plan.has_finals:
+        ranked = _ranked(first, weight_V)
+        log.info("bake-off: best after %d steps: %s", plan.steps, ", ".join(arm.name for arm in ranked[:FINALISTS]))
+        longest = LONGER * plan.steps
+        last = _run_all(_finalists(ranked), run_arm, longest, 2)
+    winner = _winner(last, weight_V, EARLY_TIED if longest < EARLY * longest_steps else NEARLY_TIED)
+    rounds = [(1, plan.steps, first), *([(2, longest, last)] if plan.has_finals else [])]
     return Outcome(
         winner=winner,
         margins=_margins(winner, first, last, weight_V, seed),
         over_base=_margin("the base", base_V, last[winner], weight_V, seed),
         results=tuple(
-            Result(arm, number, length, float(value_V @ weight_V))
-            for number, length, values in ((1, short, first), (2, long, last))
+            Result(arm, number, steps, float(value_V @ weight_V))
+            for number, steps, values in rounds
             for arm, value_V in values.items()
         ),
-        steps_spent=short * len(first) + long * len(last),
-        caution=_caution(long, longest_steps) if ends_early and winner != FULL else None,
+        steps_spent=sum(steps * len(values) for _, steps, values in rounds),
+        caution=_caution(plan, [arm for arm in arms if arm not in plan.arms], longest_steps),
     )
 
 
-def _caution(steps: int, final_steps: int) -> str:
-    """Said where a part of the pool wins by runs that end early: small selections lead first and are overtaken."""
-    return (
-        f"the longest runs of the bake-off took {steps} of the final training's {final_steps} steps; a small selection "
-        "that leads early is often overtaken, also by the full pool. To be sure, raise select.bakeoff_epochs "
-        f"{final_steps / steps:.1f} times, or train on the full pool too and compare"
-    )
+@dataclass(frozen=True)
+class Plan:
+    """What a budget allows: these arms run for so many steps, and finalists LONGER times as long after them."""
+
+    arms: tuple[Arm, ...]
+    steps: int
+    has_finals: bool
+
+    @property
+    def runs(self) -> int:
+        """Trainings, at most."""
+        return len(self.arms) + (min(FINALISTS, len(self.arms)) if self.has_finals else 0)
 
 
-def _plan(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> tuple[int, int]:
-    """Steps of a run in the first and in the last round. Raises RecipeError."""
+def plan_race(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> Plan:
+    """Two rounds of all arms, or one of fewer where the longest runs would not tell. Raises RecipeError."""
     units = len(arms) + LONGER * min(FINALISTS, len(arms))
     steps = min(budget_steps // units, longest_steps // LONGER)
+    enough = math.ceil(EARLY * longest_steps)
+    if steps >= MIN_STEPS and LONGER * steps >= enough:
+        return Plan(tuple(arms), steps, has_finals=True)
+    fewer = _by_risk(arms)[: max(2, budget_steps // max(1, enough))]
+    steps = min(budget_steps // len(fewer), longest_steps)
     if steps < MIN_STEPS:
         raise RecipeError(
-            f"the bake-off of {len(arms)} arms needs {MIN_STEPS * units} training steps in all, select.bakeoff_epochs "
-            f"allows {budget_steps}; it needs a final training of {MIN_STEPS * LONGER} steps, train.samples or "
-            f"train.epochs give {longest_steps}. Raise what is too low, give fewer select.bakeoff_arms or "
-            "select.bakeoff_fractions, or set score.method and select.keep_fraction"
+            f"the bake-off needs runs of {MIN_STEPS} steps at least; select.bakeoff_epochs allows {budget_steps} steps "
+            f"for {len(fewer)} of its arms, train.samples or train.epochs give the final training {longest_steps}. "
+            "Raise what is too low, or set score.method and select.keep_fraction"
         )
-    return steps, steps * LONGER
+    return Plan(tuple(fewer), steps, has_finals=False)
+
+
+def _by_risk(arms: Sequence[Arm]) -> list[Arm]:
+    """The full pool, then of each scorer in the order given the larger selections first; random samples last."""
+    scorers = list(dict.fromkeys(arm.scorer for arm in arms))
+    kinds = {"full": -1, "random": 1}
+    return sorted(arms, key=lambda arm: (kinds.get(arm.scorer, 0), scorers.index(arm.scorer), -arm.fraction))
+
+
+def _caution(plan: Plan, untried: Sequence[Arm], final_steps: int) -> str | None:
+    """Said where the budget allowed only some of the arms, or runs too short to tell."""
+    if plan.has_finals:
+        return None
+    enough = math.ceil(EARLY * final_steps)
+    said = []
+    if plan.steps < enough:
+        said.append(
+            f"the runs of the bake-off took {plan.steps} of the final training's {final_steps} steps; a selection that "
+            "leads early is often overtaken, also by the full pool, so only a lead beyond its interval counted"
+        )
+    if untried:
+        said.append(f"the bake-off's budget was too small to try {', '.join(arm.name for arm in untried)}")
+    if not said:
+        return None
+    arms = len(plan.arms) + len(untried)
+    times = enough * arms / (plan.steps * len(plan.arms))
+    return f"{'; '.join(said)}. To mend it, raise select.bakeoff_epochs {times:.1f} times"
 
 
 def _finalists(ranked: Sequence[Arm]) -> list[Arm]:

@@ -218,8 +218,9 @@ class Select(Section):
         5.0, description="The bake-off trains for at most so many epochs of the pool in all."
     )
     bakeoff_arms: Annotated[tuple[ScorerName, ...], Listed, Field(min_length=1)] = Field(
-        ("calibrated", "low_loss"),
-        description="Scorers that the bake-off tries, beside random and the full pool.",
+        ("low_loss", "calibrated"),
+        description="Scorers that the bake-off tries, the first ones first where its budget is too small for all, "
+        "beside random and the full pool.",
     )
     bakeoff_fractions: Annotated[tuple[Fraction, ...], Listed, Field(min_length=1)] = (0.2, 0.5, 0.8)
     seed: Seed = 0

@@ -68,6 +68,7 @@ def _stages(
     half = 2 if recipe.is_raced else 1
     scoring = {name: min(count // half, recipe.score.target_items) for name, count in items.items()}
     used = sum(scoring.values())
+    seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
     yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
     if set(methods) - {*scorers.BASELINES, *scorers.RATERS}:
@@ -93,13 +94,12 @@ def _stages(
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
     if recipe.is_raced:
         judging = sum(min(count - scoring[name], bakeoff.JUDGING_ITEMS) for name, count in items.items())
-        runs = _races(methods, recipe.select)
+        runs = _races(methods, recipe.select, int(recipe.select.bakeoff_epochs * pool / batch), round(seen / batch))
         training = recipe.select.bakeoff_epochs * pool * step
         # an item is judged by writing its answer and by the probability of the right one
         judged = (1 + runs) * judging * 2 * proxy * (2 * tokens + generated)
         note = f"{recipe.select.bakeoff_epochs:g} epochs of the pool; {runs} short models on {judging} items"
         yield StageCost("bake-off", training + judged, 0, note)
-    seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
     # an adapter saves the gradient of the weights, a third of a step, and is about a hundredth of its base on disk
     factor, disk = (4, 0.04 * base) if recipe.train.adapter == "lora" else (6, 4.0 * base)
     training = factor * base * tokens * seen
@@ -109,11 +109,10 @@ def _stages(
     yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
 
 
-def _races(methods: Sequence[str], settings: Select) -> int:
-    """Trainings of the bake-off, both rounds."""
+def _races(methods: Sequence[str], settings: Select, budget_steps: int, final_steps: int) -> int:
+    """Trainings of the bake-off, at most."""
     fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
-    arms = len(bakeoff.make_arms(methods, fractions))
-    return arms + min(arms, bakeoff.FINALISTS)
+    return bakeoff.plan_race(bakeoff.make_arms(methods, fractions), budget_steps, final_steps).runs
 
 
 def _mixture_stages(
