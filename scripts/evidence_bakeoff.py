@@ -20,7 +20,8 @@ FURTHER = "-items.json"  # how the names of results end where further items judg
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
-RUNS = {"short", "long", "part"}
+RUNS = {"short", "long", "part", "half"}
+FINAL_STEPS = 40
 
 
 def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
@@ -37,6 +38,7 @@ class Rule:
     best: int = bakeoff.BEST
     nearly_tied: float = bakeoff.NEARLY_TIED
     runs: tuple[str, str] = ("short", "long")  # by what the first round judges, and the second
+    budget: int = 10**6  # training steps of the race
 
 
 RULES = {
@@ -55,13 +57,16 @@ RULES = {
 
 
 RACED = (FULL, RANDOM, *LOW, *OST)
+HALF = ("half", "half")
 PARTS = {
     "short runs alone, on all that an arm keeps": Rule(RACED, best=99, runs=("short", "short")),
     "short runs alone, on a part": Rule(RACED, best=99, runs=("part", "part")),
     "the same, without the smallest share": Rule((FULL, RANDOM, *LOW[1:], *OST), best=99, runs=("part", "part")),
-    "**short runs alone, on a part, only a lead beyond its interval**": Rule(
-        RACED, 99, bakeoff.EARLY_TIED, ("part", "part")
-    ),
+    "the same, only a lead beyond its interval": Rule(RACED, 99, bakeoff.EARLY_TIED, ("part", "part")),
+    **{
+        f"**{runs} arms once, on half of what each keeps**": Rule(RACED, runs=HALF, budget=runs * FINAL_STEPS // 2)
+        for runs in (2, 3, 4, 5, 7)
+    },
     "the first round on all, the second as long as the final training": Rule(RACED),
     "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
 }
@@ -118,8 +123,8 @@ class Pool:
                 ),
                 base_V=np.zeros(len(item_V)),
                 weight_V=np.full(len(item_V), 1 / len(item_V)),
-                budget_steps=10**6,
-                longest_steps=36,
+                budget_steps=rule.budget,
+                longest_steps=FINAL_STEPS,
                 seed=0,
             )
         return outcome.winner
