@@ -62,7 +62,8 @@ PARTS = {
     "short runs alone, on all that an arm keeps": Rule(RACED, best=99, runs=("short", "short")),
     "short runs alone, on a part": Rule(RACED, best=99, runs=("part", "part")),
     "the same, without the smallest share": Rule((FULL, RANDOM, *LOW[1:], *OST), best=99, runs=("part", "part")),
-    "the same, only a lead beyond its interval": Rule(RACED, 99, bakeoff.EARLY_TIED, ("part", "part")),
+    "the same, ties up to two standard errors": Rule(RACED, best=99, nearly_tied=2.0, runs=("part", "part")),
+    "the same, the surest lead": Rule(RACED, runs=("part", "part"), budget=len(RACED) * FINAL_STEPS // 2),
     **{
         f"**{runs} arms once, on half of what each keeps**": Rule(RACED, runs=HALF, budget=runs * FINAL_STEPS // 2)
         for runs in (2, 3, 4, 5, 7)

@@ -105,19 +105,33 @@ def test_what_the_budget_was_too_small_for_is_said():
     assert run(Track({}), arms, budget_steps=400, longest_steps=120).caution is None
 
 
-def test_where_runs_end_early_only_what_is_beyond_its_interval_throws_samples_out():
-    larger = LOWS[2]
-    noise_V = np.random.default_rng(0).normal(0, 0.3, V)
-    noise_V *= 0.1 / (noise_V.std(ddof=1) / np.sqrt(V))  # a standard error of 0.1
-    noise_V -= noise_V.mean()
+@pytest.mark.parametrize(
+    ("leads", "winner"),
+    [
+        ({0.8: 0.19}, FULL),
+        ({0.8: 0.21}, LOWS[2]),
+        ({0.8: 0.21, 0.5: 0.25}, LOWS[1]),
+        ({0.8: 0.3, 0.5: 0.6, 0.2: 0.9}, LOWS[2]),  # 0.1, -0.2 and -0.3 at the lower end
+        ({0.8: -0.3}, FULL),
+    ],
+)
+def test_in_the_one_round_a_selection_wins_by_the_surest_lead_over_the_full_pool(leads, winner):
+    error = {0.8: 0.1, 0.5: 0.1, 0.2: 0.6} if len(leads) < 3 else {0.8: 0.1, 0.5: 0.4, 0.2: 0.6}
+    noise_V = np.random.default_rng(0).normal(0, 1, V)
+    noise_V = (noise_V - noise_V.mean()) / (noise_V.std(ddof=1) / np.sqrt(V))  # a standard error of 1
 
-    def winner(gain, longest_steps):
-        track = lambda arm, steps, number: BASE_V + {larger: gain + noise_V}.get(arm, 0)  # noqa: E731
-        return run(track, [FULL, RANDOM, larger], budget_steps=60, longest_steps=longest_steps).winner  # 30 steps each
+    def track(arm, steps, number):
+        if arm.scorer != "low_loss" or arm.fraction not in leads:
+            return BASE_V
+        return BASE_V + leads[arm.fraction] + error[arm.fraction] * noise_V
 
-    assert winner(0.15, longest_steps=60) == larger
-    assert winner(0.15, longest_steps=61) == FULL
-    assert winner(0.25, longest_steps=61) == larger
+    assert run(track, [FULL, RANDOM, *LOWS], budget_steps=240, longest_steps=120).winner == winner
+
+
+def test_random_samples_do_not_win_the_one_round_either():
+    track = Track({RANDOM: 0.02}, noise=0.0)
+    assert run(track, [FULL, RANDOM, LOWS[2]], budget_steps=200, longest_steps=120).winner == FULL
+    assert (RANDOM, 66, 1) in track.runs
 
 
 def test_margins_tell_how_much_better_the_winner_does():

@@ -20,9 +20,10 @@ as it will be: `run_arm` sees to that.
 
 Where the budget is too small for two rounds whose longest runs take half of the final training's steps, fewer arms run,
 once, and not shorter: the full pool, then the largest selection by the first scorer, its next smaller one, and so on.
-Where even two such runs are too much, the lead has to be beyond its interval.
 
-Of finalists that are nearly tied the one that keeps most wins: throwing data out has to show that it helps.
+Throwing data out has to show that it helps. Of finalists that are nearly tied the one that keeps most wins. In the one
+round of fewer arms, whose runs end early, a selection has to lead the full pool beyond its interval, and of those that
+do the surest lead wins.
 """
 
 import logging
@@ -41,8 +42,8 @@ BEST = 3  # arms of the first round go on to the second
 FINALISTS = BEST + 2  # at most: the full pool and the next larger selection by the best score with them
 LONGER = 3  # times the steps of the first round
 NEARLY_TIED = 0.5  # standard errors of the paired difference to the best
-EARLY = 0.5  # of the final training's steps: what leads in shorter runs is not said to lead to the end
-EARLY_TIED = 2.0  # standard errors in such runs: only what is beyond its interval may throw samples out
+ENOUGH = 0.5  # of the final training's steps, at least, for the longest runs; leads of shorter ones tell nothing
+SURE = 2.0  # standard errors by which a selection has to lead the full pool in the one round
 JUDGING_ITEMS = 400  # of a target, at most: the standard error of a share of right answers is .025 by then
 MIN_STEPS = 4  # of a run; fewer tell nothing
 
@@ -128,7 +129,7 @@ def race(
         log.info("bake-off: best after %d steps: %s", plan.steps, ", ".join(arm.name for arm in ranked[:FINALISTS]))
         longest = LONGER * plan.steps
         last = _run_all(_finalists(ranked), run_arm, longest, 2)
-    winner = _winner(last, weight_V, EARLY_TIED if longest < EARLY * longest_steps else NEARLY_TIED)
+    winner = _winner(last, weight_V) if plan.has_finals else _surest(last, weight_V)
     rounds = [(1, plan.steps, first), *([(2, longest, last)] if plan.has_finals else [])]
     return Outcome(
         winner=winner,
@@ -162,7 +163,7 @@ def plan_race(arms: Sequence[Arm], budget_steps: int, longest_steps: int) -> Pla
     """Two rounds of all arms, or one of fewer where the longest runs would not tell. Raises RecipeError."""
     units = len(arms) + LONGER * min(FINALISTS, len(arms))
     steps = min(budget_steps // units, longest_steps // LONGER)
-    enough = math.ceil(EARLY * longest_steps)
+    enough = math.ceil(ENOUGH * longest_steps)
     if steps >= MIN_STEPS and LONGER * steps >= enough:
         return Plan(tuple(arms), steps, has_finals=True)
     fewer = _by_risk(arms)[: max(2, budget_steps // max(1, enough))]
@@ -187,12 +188,12 @@ def _caution(plan: Plan, untried: Sequence[Arm], final_steps: int) -> str | None
     """Said where the budget allowed only some of the arms, or runs too short to tell."""
     if plan.has_finals:
         return None
-    enough = math.ceil(EARLY * final_steps)
+    enough = math.ceil(ENOUGH * final_steps)
     said = []
     if plan.steps < enough:
         said.append(
             f"the runs of the bake-off took {plan.steps} of the final training's {final_steps} steps; a selection that "
-            "leads early is often overtaken, also by the full pool, so only a lead beyond its interval counted"
+            "leads early is often overtaken, also by the full pool"
         )
     if untried:
         said.append(f"the bake-off's budget was too small to try {', '.join(arm.name for arm in untried)}")
@@ -214,21 +215,33 @@ def _finalists(ranked: Sequence[Arm]) -> list[Arm]:
     return list(dict.fromkeys([*ranked[:BEST], *full, *larger]))
 
 
-def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray, nearly_tied: float) -> Arm:
-    """The arm that keeps most of those nearly tied with the best; the full pool where that is random.
-
-    `nearly_tied`: by so many standard errors of the paired difference.
-    """
+def _winner(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:
+    """The arm that keeps most of those nearly tied with the best; the full pool where that is random."""
     best, *others = _ranked(values, weight_V)
     if best.scorer == "random" and FULL in values:
         return FULL
     winner = best
     for arm in others:
-        difference_V = (values[best] - values[arm]) * weight_V * len(weight_V)
-        error = difference_V.std(ddof=1) / np.sqrt(len(difference_V))
-        if arm.scorer != "random" and arm.fraction > winner.fraction and difference_V.mean() <= nearly_tied * error:
+        lead, error = _lead(values[best], values[arm], weight_V)
+        if arm.scorer != "random" and arm.fraction > winner.fraction and lead <= NEARLY_TIED * error:
             winner = arm
     return winner
+
+
+def _surest(values: dict[Arm, np.ndarray], weight_V: np.ndarray) -> Arm:
+    """The selection whose lead over the full pool has the highest lower end; the full pool where none is above zero."""
+    winner, surest = FULL, 0.0
+    for arm in _ranked(values, weight_V):
+        lead, error = _lead(values[arm], values[FULL], weight_V)
+        if not is_reference(arm) and lead - SURE * error > surest:
+            winner, surest = arm, lead - SURE * error
+    return winner
+
+
+def _lead(value_V: np.ndarray, over_V: np.ndarray, weight_V: np.ndarray) -> tuple[float, float]:
+    """The weighted mean of the difference, and its standard error."""
+    difference_V = (value_V - over_V) * weight_V * len(weight_V)
+    return float(difference_V.mean()), float(difference_V.std(ddof=1) / np.sqrt(len(difference_V)))
 
 
 def _margins(
