@@ -68,6 +68,8 @@ PARTS = {
         f"**{runs} arms once, on half of what each keeps**": Rule(RACED, runs=HALF, budget=runs * FINAL_STEPS // 2)
         for runs in (2, 3, 4, 5, 7)
     },
+    "4 arms once, near ties to what keeps most": Rule((FULL, *LOW), best=99, runs=HALF),
+    "4 arms once, ties up to two standard errors": Rule((FULL, *LOW), best=99, nearly_tied=2.0, runs=HALF),
     "the first round on all, the second as long as the final training": Rule(RACED),
     "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
 }
