@@ -166,7 +166,7 @@ def _bakeoff(run: Run) -> dict:
 
     arms = make_arms(("calibrated", "low_loss"), (0.3, 0.5, 0.7))
     weight_V = np.full(ITEMS, 1 / ITEMS)
-    outcome = race(arms, run_arm, base_V=items_V - 0.1, weight_V=weight_V, budget_steps=900, longest_steps=300, seed=0)
+    outcome = race(arms, run_arm, base_V=items_V - 0.1, weight_V=weight_V, budget_steps=900, longest_steps=200, seed=0)
     return asdict(outcome)
 
 

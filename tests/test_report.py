@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+from dataclasses import asdict
 
 import numpy as np
 import PIL.Image
@@ -21,9 +22,10 @@ from chromium import (
     SMALLEST_LETTERS,
     Chromium,
 )
+from datalloy.bakeoff import FULL, Arm, race
 from datalloy.config import load_recipe
 from datalloy.errors import RunError
-from datalloy.report import charts, comparison, gallery, markup, write_comparison, write_report
+from datalloy.report import charts, comparison, gallery, keeping, markup, write_comparison, write_report
 from datalloy.report.facts import RunFacts
 from datalloy.report.opening import claims, next_steps, recommendation
 from datalloy.sample import FileImage
@@ -102,8 +104,25 @@ def test_a_gain_that_is_not_shown_is_said_to_be_open_and_a_loss_to_be_a_loss(tmp
         assert recommendation(RunFacts(folder)).endswith(f"{words}.")
 
 
-def test_a_bakeoff_whose_runs_end_early_is_said_to_be_no_proof(three):
-    assert "a small selection that leads early is often overtaken" in three.text
+def test_a_bakeoff_of_one_round_says_what_was_not_tried_and_draws_no_curve(three):
+    arms = [FULL, Arm("random", 0.5, "domain"), *(Arm("low_loss", share, "domain") for share in (0.2, 0.5, 0.8))]
+    base_V = np.linspace(0, 1, 20)
+    outcome = race(
+        arms,
+        lambda arm, steps, number: base_V + (1 - arm.fraction),
+        base_V=base_V,
+        weight_V=np.full(20, 0.05),
+        budget_steps=180,
+        longest_steps=120,
+        seed=0,
+    )
+    said = keeping._bakeoff(asdict(outcome))
+    assert "Beware: the bake-off&#x27;s budget was too small to try random 50% domain, low_loss 20% domain." in said
+    assert "a selection wins only by a lead over the full pool beyond its interval" in said
+    assert "<svg" not in said.partition("All short runs")[2]
+    assert "All short runs" not in said
+    assert "the best again for longer" in three.text
+    assert "All short runs" in three.text
 
 
 def test_where_training_did_harm_the_page_says_so_first_and_does_not_offer_to_export(tmp_path):

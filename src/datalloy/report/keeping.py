@@ -55,24 +55,32 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
     rows = [
         Strip(f"over {names[m['over']]}", m["mean"], m["interval"], gained(m["mean"], m["interval"])) for m in margins
     ]
+    has_finals = any(r["round"] > 1 for r in outcome["results"])
+    how = (
+        "the best again for longer; of those nearly tied the one that keeps most wins"
+        if has_finals
+        else "once; a selection wins only by a lead over the full pool beyond its interval"
+    )
     return (
         heading
         + paragraph(
-            "Each way to select was trained for a few steps at equal compute, the best again for longer, and "
-            "judged on target items: half by their marks, half by the probability of the right answer (by the target's "
-            f"metric alone where that asks for no answer). {outcome['steps_spent']:,} training steps were spent. The "
-            f"winner is <b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
+            f"Each way to select was trained for a few steps at equal compute, {how}. All were judged on target "
+            "items: half by their marks, half by the probability of the right answer (by its metric alone where the "
+            f"target asks for no answer). {outcome['steps_spent']:,} training steps were spent. The winner is "
+            f"<b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
         )
         + strips(rows, zero=0.0)
         + (paragraph(text(f"Beware: {outcome['caution']}."), "note") if outcome.get("caution") else "")
-        + _rounds(outcome)
+        + (_chart(outcome) if has_finals else "")
+        + _table(outcome)
     )
 
 
-def _rounds(outcome: dict[str, Any]) -> str:
+def _chart(outcome: dict[str, Any]) -> str:
     winner = outcome["winner"]
-    results = sorted(outcome["results"], key=lambda r: (-r["round"], -r["value"]))
-    drawn = sorted(results, key=lambda r: (r["arm"] == winner, r["steps"]))  # the winner on top of the others
+    drawn = sorted(
+        outcome["results"], key=lambda r: (r["arm"] == winner, r["steps"])
+    )  # the winner on top of the others
     dots = [
         Dot(
             float(r["steps"]),
@@ -82,20 +90,21 @@ def _rounds(outcome: dict[str, Any]) -> str:
         )
         for r in drawn
     ]
-    joined = [i for i, r in enumerate(drawn) if r["arm"] == winner]
     chart = scatter(
         dots,
         x_label="training steps of the short run",
         y_label="value on target items",
         label=f"Every short run; the winner, {arm_in_words(winner)}, is joined by a line",
-        joined=joined,
+        joined=[i for i, r in enumerate(drawn) if r["arm"] == winner],
     )
+    marks = legend([("dot pick", "the winner"), ("dot other", "other ways to select")])
+    return f"<h3>All short runs</h3>{chart}{marks}"
+
+
+def _table(outcome: dict[str, Any]) -> str:
+    results = sorted(outcome["results"], key=lambda r: (-r["round"], -r["value"]))
     rows = [[text(arm_in_words(r["arm"])), str(r["round"]), str(r["steps"]), number(r["value"], 4)] for r in results]
-    return (
-        f"<h3>All short runs</h3>{chart}"
-        + legend([("dot pick", "the winner"), ("dot other", "other ways to select")])
-        + details(
-            f"The {len(rows)} short runs as a table",
-            table(["selection", "round", "steps", "value"], rows, numeric=(1, 2, 3), label="all short runs"),
-        )
+    return details(
+        f"The {len(rows)} short runs as a table",
+        table(["selection", "round", "steps", "value"], rows, numeric=(1, 2, 3), label="all short runs"),
     )

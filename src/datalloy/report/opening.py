@@ -174,7 +174,7 @@ def _cost(facts: RunFacts) -> str:
 def _bad(facts: RunFacts) -> str:
     left, toxic = int((~facts.kept_N).sum()), int(facts.toxic_N.sum())
     if not left:
-        return paragraph("None is left out: keeping every sample did best.")
+        return paragraph("None is left out: no way to leave samples out was shown to be better.")
     reasons = [
         f"{count:,} {reason_in_words(reason)}"
         for reason, count in facts.selection.count_reasons().items()
