@@ -20,6 +20,7 @@ from datalloy import progress
 from datalloy.bakeoff import FULL, Arm
 from datalloy.config import load_recipe
 from datalloy.report import write_report
+from datalloy.report.facts import RunFacts
 from datalloy.run import Run, write_json
 from datalloy.workflows import Workflow
 
@@ -41,6 +42,8 @@ def run_seed(data: Path, runs: Path, seed: int, overrides: list[str]) -> dict:
         compared = workflow.compare(ARMS)
         scores, selection = workflow.score(), workflow.select()
         print(write_report(run.folder))
+        facts = RunFacts(run.folder)
+        gains = {name: facts.gain(name) for name in ("base", *compared)}
         models = {"base": status["metrics"]["base"], "auto": status["metrics"]["model"]}
         models |= {name: row["sets"] for name, row in compared.items()}
         return {
@@ -52,6 +55,7 @@ def run_seed(data: Path, runs: Path, seed: int, overrides: list[str]) -> dict:
             "pool": len(scores),
             "agreement_with_exact": scores.metadata.get("agreement_with_exact"),  # none where only losses were needed
             "models": models,
+            "gains of auto": {over: {"mean": g.mean, "interval": list(g.interval)} for over, g in gains.items()},
         }
 
 

@@ -222,10 +222,14 @@ def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
     assert operations["verify"] > 4 * operations["train"]
 
 
-def test_a_dry_run_counts_the_short_models_of_a_bake_off(recipe_path):
-    raced = load_recipe(recipe_path, ["score.method=auto", "select.keep_fraction=auto"])
+@pytest.mark.parametrize(("epochs", "runs"), [(20, 13), (5, 8)])
+def test_a_dry_run_counts_the_short_models_of_a_bake_off(epochs, runs, recipe_path):
+    """Eight arms and five finalists where two rounds can be paid, else one round; half of the 32 items judge."""
+    raced = load_recipe(
+        recipe_path, ["score.method=auto", "select.keep_fraction=auto", f"select.bakeoff_epochs={epochs}"]
+    )
     stages = {line.split()[0]: line for line in estimate(raced) if " MB" in line}
-    assert "13 short models on 16 items" in stages["bake-off"]  # eight arms, five finalists; half of the items score
+    assert f"{runs} short models on 16 items" in stages["bake-off"]
 
 
 def test_mixing_without_a_mixture_section_says_how_to_switch_it_on(recipe_path, tmp_path):

@@ -111,7 +111,7 @@ class FailsAfterHalf:
         self.file = file
 
     def write(self, data) -> None:
-        self.file.write(data[: len(data) // 2])
+        self.file.write(bytes(data)[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def __getattr__(self, name):

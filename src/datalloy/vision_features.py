@@ -7,15 +7,15 @@ looking again, and every batch comes up once a pass, so what came first stays in
 
 import contextlib
 import copy
-import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # transformers registers its outputs there
 
 from datalloy.errors import ModelError
 
@@ -117,39 +117,52 @@ class VisionFeatures:
             )
 
 
-class _Spilled:
-    """Where in the file the outputs of one batch stand, and the device that they come back to."""
+class _Place(NamedTuple):
+    """Where in the file a tensor stands, and what it is."""
 
-    def __init__(self, start: int, length: int, device: torch.device | None) -> None:
-        self.start, self.length, self.device = start, length, device
+    start: int
+    size: int  # bytes
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+
+
+class _Spilled(NamedTuple):
+    """Outputs of one batch whose tensors stand in the file; what holds them stays in memory, so nothing is pickled."""
+
+    leaves: list[Any]  # places where there were tensors
+    form: Any
 
     @classmethod
     def write(cls, file: Any, outputs: list[Any]) -> "_Spilled":
-        """Appends. Price: the batch's outputs twice more in memory while it is written or read."""
-        written = io.BytesIO()
-        torch.save(outputs, written)
-        start = file.seek(0, os.SEEK_END)
-        file.write(written.getbuffer())
+        """Appends."""
+        leaves, form = tree_flatten(outputs)
+        file.seek(0, os.SEEK_END)
+        places = [_write(file, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         file.flush()  # a full disk is to be told here
-        return cls(start, written.tell(), next((tensor.device for tensor in _tensors(outputs)), None))
+        return cls(places, form)
 
     def read(self, file: Any) -> list[Any]:
-        file.seek(self.start)
-        # outputs are objects of transformers; nobody else can have written to a file without a name
-        return torch.load(io.BytesIO(file.read(self.length)), map_location=self.device, weights_only=False)
+        return tree_unflatten(
+            [_read(file, leaf) if isinstance(leaf, _Place) else leaf for leaf in self.leaves], self.form
+        )
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, Sequence) and not isinstance(output, str):
-        for part in output:
-            yield from _tensors(part)
+def _write(file: Any, tensor: Tensor) -> _Place:
+    start = file.tell()
+    file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return _Place(start, file.tell() - start, tensor.dtype, tensor.shape, tensor.device)
+
+
+def _read(file: Any, place: _Place) -> Tensor:
+    file.seek(place.start)
+    data = bytearray(file.read(place.size))
+    if not data:
+        return torch.empty(place.shape, dtype=place.dtype, device=place.device)
+    return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape).to(place.device)
 
 
 def _bytes(outputs: list[Any]) -> int:
     """Of the memory that they hold: a view holds all that it is a view of."""
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(outputs)}
-    return sum(held.values())
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
