@@ -222,7 +222,7 @@ def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
     assert operations["verify"] > 4 * operations["train"]
 
 
-@pytest.mark.parametrize(("epochs", "runs"), [(20, 13), (5, 8)])
+@pytest.mark.parametrize(("epochs", "runs"), [(1000, 13), (5, 8)])
 def test_a_dry_run_counts_the_short_models_of_a_bake_off(epochs, runs, recipe_path):
     """Eight arms and five finalists where two rounds can be paid, else one round; half of the 32 items judge."""
     raced = load_recipe(
