@@ -222,12 +222,11 @@ def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
     assert operations["verify"] > 4 * operations["train"]
 
 
-@pytest.mark.parametrize(("epochs", "runs"), [(1000, 13), (5, 8)])
+@pytest.mark.parametrize(("epochs", "runs"), [(50, 13), (5, 2)])
 def test_a_dry_run_counts_the_short_models_of_a_bake_off(epochs, runs, recipe_path):
-    """Eight arms and five finalists where two rounds can be paid, else one round; half of the 32 items judge."""
-    raced = load_recipe(
-        recipe_path, ["score.method=auto", "select.keep_fraction=auto", f"select.bakeoff_epochs={epochs}"]
-    )
+    """Eight arms and five finalists where two rounds can be paid, else as few as can be; half of the items judge."""
+    auto = ("score.method=auto", "select.keep_fraction=auto", "train.samples=960")
+    raced = load_recipe(recipe_path, [*auto, f"select.bakeoff_epochs={epochs}"])
     stages = {line.split()[0]: line for line in estimate(raced) if " MB" in line}
     assert f"{runs} short models on 16 items" in stages["bake-off"]
 
