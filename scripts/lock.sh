@@ -6,4 +6,4 @@ set -eu
 cd "$(dirname "$0")/.."
 uv=${UV:-uv}
 "$uv" pip compile --quiet --no-deps --no-annotate --no-header --generate-hashes \
-    --python-version 3.11.5 constraints.txt --output-file requirements.lock
+    --python-version 3.11.0 constraints.txt --output-file requirements.lock
