@@ -4,7 +4,7 @@
 
 The vision tower of Qwen2.5-VL-3B at its true size with random weights, in float32, drawn pictures of 448 pixels. The
 same batches are looked at anew, taken from memory, and read back from the file that stands in for memory. Seconds of
-wall time of one thread, medians of three turns; the file is in the page cache, so this is the cost of reading without
+the processor, one thread, medians of three turns; the file is in the page cache, so this is the cost of reading without
 that of a slow disk. Five minutes of one core, 8 GB of memory.
 """
 
@@ -12,8 +12,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import gpu
 from datalloy.run import write_json
 from datalloy.vision_features import VisionFeatures
 from datalloy.vlm import VLM
+from scoring import seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 from provenance import provenance
@@ -58,12 +57,6 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "patches": int(batches[0]["pixel_values"].shape[0]),
         "seconds a picture": {way: float(np.median(taken)) / PICTURES for way, taken in spent.items()},
     }
-
-
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def main() -> None:
