@@ -7,12 +7,14 @@ looking again, and every batch comes up once a pass, so what came first stays in
 
 import contextlib
 import copy
+import errno
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # transformers registers its outputs there
@@ -93,7 +95,8 @@ class VisionFeatures:
             return
         else:
             try:
-                self._file = self._file or tempfile.TemporaryFile(prefix="datalloy-vision-")  # noqa: SIM115
+                # unbuffered: what a full disk refused would be written again before anything can be read
+                self._file = self._file or tempfile.TemporaryFile(buffering=0, prefix="datalloy-vision-")  # noqa: SIM115
                 self._kept[id(tokens)] = _Spilled.write(self._file, outputs)
             except OSError as error:
                 self._disk_is_full = True
@@ -138,9 +141,7 @@ class _Spilled(NamedTuple):
         """Appends."""
         leaves, form = tree_flatten(outputs)
         file.seek(0, os.SEEK_END)
-        places = [_write(file, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        file.flush()  # a full disk is to be told here
-        return cls(places, form)
+        return cls([_write(file, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
 
     def read(self, file: Any) -> list[Any]:
         return tree_unflatten(
@@ -150,16 +151,23 @@ class _Spilled(NamedTuple):
 
 def _write(file: Any, tensor: Tensor) -> _Place:
     start = file.tell()
-    file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return _Place(start, file.tell() - start, tensor.dtype, tensor.shape, tensor.device)
+    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    place = _Place(start, len(data), tensor.dtype, tensor.shape, tensor.device)
+    while data:
+        data = data[file.write(data) :]
+    return place
 
 
 def _read(file: Any, place: _Place) -> Tensor:
     file.seek(place.start)
-    data = bytearray(file.read(place.size))
-    if not data:
-        return torch.empty(place.shape, dtype=place.dtype, device=place.device)
-    return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape).to(place.device)
+    data = np.empty(place.size, dtype=np.uint8)
+    left = data.data
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise OSError(errno.EIO, "the temporary file of vision features ended early")
+        left = left[count:]
+    return torch.from_numpy(data).view(place.dtype).reshape(place.shape).to(place.device)
 
 
 def _bytes(outputs: list[Any]) -> int:
