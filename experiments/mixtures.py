@@ -52,7 +52,7 @@ DRAWN = {
 METRICS = {"loss": "loss", "probability": "probability", "exact_match": "target"}
 OTHER_SEED = 1000  # added to the seed of training where everything is trained again
 PACKS = ("counting", "handwriting", "photo", "puzzle")
-TRAIN = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 960}
+TRAIN: dict[str, Any] = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 960}
 RESAMPLES = 2000
 
 

@@ -52,7 +52,7 @@ def check_selection(folder: Path) -> list[str]:
 def check_mixtures(folder: Path) -> list[str]:
     result = json.loads((RESULTS / "mixtures_drawn2_blurred.json").read_text())
     before = next(row for row in result["rows"] if row["seed"] == SEED)
-    now = mixtures.run_seed("drawn2", BASE, SEED, SEED, folder, None, "none")
+    now = mixtures.run_seed("drawn2", BASE, SEED, SEED, folder, None, "none", budget=1.0)
     faults = []
     for metric, rows in now["agreement"].items():
         for was, found in zip(before["agreement"][metric], rows, strict=True):

@@ -236,7 +236,7 @@ class World:
         spent = {"chose": row["scorer"], "race_steps": chosen["steps_spent"], "over_base": chosen["over_base"]}
         return {**row, **spent, "scorer": "auto"}
 
-    def agreements(self) -> dict[str, float]:
+    def agreements(self) -> dict[str, float | None]:
         """The AUC of every score for clean against faulty, over the whole pool and for hard clean samples."""
         found = {}
         for name in (*UTILITIES, "low_loss"):
