@@ -123,14 +123,15 @@ def race(
     """
     plan = plan_race(arms, budget_steps, longest_steps)
     first = _run_all(plan.arms, run_arm, plan.steps, 1)
-    last, longest = first, plan.steps
+    rounds = [(1, plan.steps, first)]
     if plan.has_finals:
         ranked = _ranked(first, weight_V)
         log.info("bake-off: best after %d steps: %s", plan.steps, ", ".join(arm.name for arm in ranked[:FINALISTS]))
-        longest = LONGER * plan.steps
-        last = _run_all(_finalists(ranked), run_arm, longest, 2)
-    winner = _winner(last, weight_V) if plan.has_finals else _surest(last, weight_V)
-    rounds = [(1, plan.steps, first), *([(2, longest, last)] if plan.has_finals else [])]
+        last = _run_all(_finalists(ranked), run_arm, LONGER * plan.steps, 2)
+        rounds.append((2, LONGER * plan.steps, last))
+        winner = _winner(last, weight_V)
+    else:
+        last, winner = first, _surest(first, weight_V)
     return Outcome(
         winner=winner,
         margins=_margins(winner, first, last, weight_V, seed),

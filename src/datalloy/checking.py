@@ -33,9 +33,9 @@ LENGTHS = "lengths.parquet"
 MIN_TARGET_ITEMS = 8
 
 
-class _Checked(NamedTuple):
-    counts: dict[str, Any]
-    pool: Samples
+class Checked(NamedTuple):
+    counts: dict[str, Any]  # what `check.json` says
+    pool: Samples  # all usable samples, sorted by domain and id
     targets: dict[str, Samples]
     evaluation: dict[str, Samples]
 
@@ -81,31 +81,13 @@ class Checking:
     def __init__(self, run: Run, load_proxy: Callable[[], VLM]) -> None:
         self.run, self.recipe, self._load_proxy = run, run.recipe, load_proxy
 
-    @property
-    def counts(self) -> dict[str, Any]:
-        """What `check.json` says."""
-        return self._outcome.counts
-
-    @property
-    def pool(self) -> Samples:
-        """All usable samples, sorted by domain and id."""
-        return self._outcome.pool
-
-    @property
-    def targets(self) -> dict[str, Samples]:
-        return self._outcome.targets
-
-    @property
-    def evaluation(self) -> dict[str, Samples]:
-        return self._outcome.evaluation
-
     def lengths(self) -> pa.Table:
         """Of each sample of the pool: id, domain, supervised_tokens, length_tokens."""
-        _ = self._outcome  # done now, if it was not
+        _ = self.outcome  # done now, if it was not
         return read_table(self.run.path(LENGTHS), kind="lengths", version=1)[0]
 
     @cached_property
-    def _outcome(self) -> _Checked:
+    def outcome(self) -> Checked:
         sets, rejects = self._read_all()
         read = {key: len(sets[key]) + len(rejects[key]) for key in sets}
         done = self.run.finished("check")
@@ -133,7 +115,7 @@ class Checking:
         kept = self._by_section(sets)
         self._refuse_changed(done["digest"], digest)
         pool = Samples.joined(kept["domains"][name].by_id() for name in sorted(kept["domains"]))
-        return _Checked(done["counts"], pool, kept["targets"], kept["evaluation"])
+        return Checked(done["counts"], pool, kept["targets"], kept["evaluation"])
 
     def _refuse_changed(self, before: str, now: str) -> None:
         if before != now:

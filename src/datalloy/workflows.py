@@ -84,7 +84,7 @@ class Workflow:
         Writes `rejected.jsonl` and `check.json`. Raises DataError over the error budget or where a set is too
         small, LeakageError when a target or evaluation item is in the pool.
         """
-        return self._checking.counts
+        return self._checking.outcome.counts
 
     @cached_property
     def _checking(self) -> Checking:
@@ -93,15 +93,15 @@ class Workflow:
     @property
     def pool(self) -> Samples:
         """All usable samples, sorted by domain and id: the order of every table. Their turns stay on disk."""
-        return self._checking.pool
+        return self._checking.outcome.pool
 
     @property
     def targets(self) -> dict[str, Samples]:
-        return self._checking.targets
+        return self._checking.outcome.targets
 
     @property
     def evaluation(self) -> dict[str, Samples]:
-        return self._checking.evaluation
+        return self._checking.outcome.evaluation
 
     # --- models ------------------------------------------------------------------------------------------------
 

@@ -78,9 +78,8 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
 
 def _chart(outcome: dict[str, Any]) -> str:
     winner = outcome["winner"]
-    drawn = sorted(
-        outcome["results"], key=lambda r: (r["arm"] == winner, r["steps"])
-    )  # the winner on top of the others
+    # the winner on top of the others
+    drawn = sorted(outcome["results"], key=lambda r: (r["arm"] == winner, r["steps"]))
     dots = [
         Dot(
             float(r["steps"]),

@@ -54,7 +54,7 @@ class Taps:
     """The trainable linear layers of the decoder, or of its last `depth` layers, read as batches pass.
 
     `precision`: of the passes; what is read comes in float32. Under bfloat16 the ranks of slopes and norms agree with
-    those of float32 by more than 0.99 on the embedded model (benchmarks/precision.py).
+    those of float32 by more than 0.99 on three small families (benchmarks/precision.py).
     """
 
     def __init__(self, vlm: VLM, depth: int | None = None, precision: Precision = "float32") -> None:
