@@ -10,6 +10,8 @@ questions the long one answers rightly. Rules are then compared on the rows alon
 would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
 selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
 
+With `--by-length` the arms are low loss within strata of answer length, in files of their own; only losses are scored.
+
 With `--items` so many further items of each target judge, drawn for it and seen by nothing else, and only the arms of
 the default race are trained: what would more target items be worth? Three minutes a pool and seed.
 """
@@ -42,7 +44,10 @@ ARMS = (
     *(Job("calibrated", fraction) for fraction in (0.5, 0.8)),
     *(Job("less", fraction) for fraction in (0.2, 0.5)),
 )
-RACED = tuple(job for job in ARMS if job.scorer != "less" and job.fraction != 0.65)
+BY_LENGTH = tuple(Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+RACED = tuple(job for job in (*ARMS, *BY_LENGTH) if job.scorer != "less" and job.fraction != 0.65)
+# a bake-off without probes, that keeps half of the target items for judging
+ONLY_LOSSES = ("select.bakeoff_arms=[low_loss]",)
 
 
 def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
@@ -76,17 +81,22 @@ def further_items(name: str, seed: int, count: int, folder: Path) -> dict[str, l
 
 
 def run_world(
-    name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path, further: int | None
+    name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path, further: int | None, by_length: bool
 ) -> dict[str, Any]:
-    with open_world(name, base, seed, folder) as world:
+    opened = (
+        open_world(name, base, seed, folder, ONLY_LOSSES, "losses")
+        if by_length
+        else open_world(name, base, seed, folder)
+    )
+    with opened as world:
         work = world.workflow
         judges = {sample.id for samples in work._target_items("judge").values() for sample in samples}
         targets: Mapping[str, Sequence[Sample]] = work.targets
-        arms, unit = ARMS, "rules"
+        arms, unit = BY_LENGTH if by_length else ARMS, "rules"
         if further is not None:
             targets = further_items(name, seed, further, folder)
             judges = {sample.id for samples in targets.values() for sample in samples}
-            arms, unit = RACED, f"rules-{further}"
+            arms, unit = tuple(job for job in arms if job in RACED), f"rules-{further}"
         metrics = {target: settings.metric for target, settings in work.recipe.targets.items()}
         items = JudgedItems.lay_out(work._base, targets, metrics, work.recipe.evaluate)
         rows = []
@@ -98,7 +108,8 @@ def run_world(
                     for run in PARTS:
                         train_part = partial(measure_part, world, world.kept(job), train_seed, items, run)
                         found = {**found, **world.run.once(f"{run}/{train_seed}-{job.name}", train_part)}
-                rows.append({"scorer": job.scorer, "fraction": job.fraction, "train_seed": train_seed, **found})
+                arm = {"scorer": job.scorer, "fraction": job.fraction, "train_seed": train_seed}
+                rows.append({**arm, **found})
         return {
             "world": name,
             "base": base,
@@ -115,11 +126,13 @@ def main() -> None:
     parser = worlds_parser(__doc__, "bakeoff_rules")
     parser.add_argument("--train-seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--items", type=int, help="further items of each target that judge in the place of its own")
+    parser.add_argument("--by-length", action="store_true", help="low loss within strata of answer length")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items)
-        write_json(args.out / f"{place}{f'-{args.items}-items' if args.items else ''}.json", found)
+        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items, args.by_length)
+        parts = [place, *(["by-length"] if args.by_length else []), *([f"{args.items}-items"] if args.items else [])]
+        write_json(args.out / f"{'-'.join(parts)}.json", found)
         rows = found["rows"]
         print(place, [(r["scorer"], r["fraction"], round(r["accuracy"], 3)) for r in rows], flush=True)
 

@@ -71,7 +71,7 @@ WORLDS: dict[str, PoolPlan] = {
     "wrong 10 %": plan({"wrong_answer": 0.1}),
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
-BASELINES = ("low_loss", "mid_loss", "high_loss", "length")
+BASELINES = ("low_loss", "low_loss_by_length", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
@@ -170,7 +170,8 @@ class World:
             settings = settings.model_copy(update={"diversity": "facility_location"})
         elif scorer == "deita":
             settings = settings.model_copy(update={"diversity": "threshold"})
-        scores, directions_ND = self.scores(scorer, job.draw), self.workflow._directions_ND
+        scores = self.scores(scorer, job.draw)
+        directions_ND = None if settings.diversity == "off" else self.workflow._directions_ND
         normalised = self.run.recipe.score.length_normalised
         kept = select(scores, settings, fraction=job.fraction, direction_ND=directions_ND, length_normalised=normalised)
         return self.workflow._kept_indices(kept)

@@ -19,6 +19,7 @@ LAYERS = (
         "attempts",
         "metrics",
         "sample",
+        "strata",
         "strict_yaml",
         "tiny.model",
         "tiny.pools",

@@ -3,7 +3,7 @@ import pytest
 
 from datalloy.scorers import BASELINES, Seen
 
-SEEN = Seen(np.array([1.0, 4, 2, 8, 3]), np.array([3, 1, 9, 2, 2]), ["a", "b", "c", "d", "a"], 0)
+SEEN = Seen(np.array([1.0, 4, 2, 8, 3]), np.array([3, 1, 9, 2, 2]), np.repeat("x", 5), ["a", "b", "c", "d", "a"], 0)
 
 
 def best_first(name):
@@ -28,16 +28,41 @@ def test_a_loss_that_is_missing_leaves_the_median_of_the_others():
     assert BASELINES["mid_loss"](SEEN._replace(loss_N=loss_N)) == pytest.approx([-1, np.nan, 0, -7], nan_ok=True)
 
 
+def of_two_lengths() -> Seen:
+    """40 short answers of low loss and 40 long ones of high loss, in each of two domains, in a drawn order."""
+    order = np.random.default_rng(0).permutation(160)
+    loss_N, tokens_N = np.tile(np.arange(80.0), 2), np.tile(np.repeat([2, 9], 40), 2)
+    return Seen(loss_N[order], tokens_N[order], np.repeat(["x", "y"], 80)[order], (), 0)
+
+
+def test_by_length_every_stratum_of_every_domain_gives_the_same_share_and_its_lowest_losses():
+    seen = of_two_lengths()
+    kept = np.argsort(-BASELINES["low_loss_by_length"](seen), kind="stable")[:40]
+    for domain, tokens, lowest in (("x", 2, 0), ("x", 9, 40), ("y", 2, 0), ("y", 9, 40)):
+        rows = kept[(seen.domain_N[kept] == domain) & (seen.tokens_N[kept] == tokens)]
+        assert sorted(seen.loss_N[rows]) == list(range(lowest, lowest + 10))
+
+
+def test_by_length_places_lie_between_minus_one_and_zero_and_equal_losses_share_one():
+    places_N = BASELINES["low_loss_by_length"](SEEN._replace(loss_N=np.array([1.0, 4, 1, 8, 3])))
+    assert places_N == pytest.approx([-0.2, -0.7, -0.2, -0.9, -0.5])
+
+
+def test_by_length_a_missing_loss_stays_missing_and_takes_no_place():
+    places_N = BASELINES["low_loss_by_length"](SEEN._replace(loss_N=np.array([1.0, np.nan, 2, 8, 3])))
+    assert places_N == pytest.approx([-0.125, np.nan, -0.375, -0.875, -0.625], nan_ok=True)
+
+
 def test_random_depends_on_content_and_seed_only():
     draw_N = BASELINES["random"](SEEN)
-    other = Seen(np.zeros(2), np.zeros(2), ["d", "a"], 0)
+    other = Seen(np.zeros(2), np.zeros(2), np.repeat("x", 2), ["d", "a"], 0)
     assert BASELINES["random"](other).tolist() == [draw_N[3], draw_N[0]]
     assert draw_N[0] == draw_N[4]
     assert not np.isin(BASELINES["random"](SEEN._replace(seed=1)), draw_N).any()
 
 
 def test_random_is_uniform_on_the_unit_interval():
-    draw_N = BASELINES["random"](Seen(np.empty(0), np.empty(0), [str(i) for i in range(4000)], 0))
+    draw_N = BASELINES["random"](Seen(np.empty(0), np.empty(0), np.empty(0), [str(i) for i in range(4000)], 0))
     counts = np.histogram(draw_N, bins=10, range=(0, 1))[0]
     assert counts.sum() == 4000
     assert np.abs(counts - 400).max() < 5 * np.sqrt(360)  # five standard deviations of a bin

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from datalloy.config import Select
 from datalloy.embeddings import directions
 from datalloy.errors import DataError
+from datalloy.scorers import BASELINES, Seen
 from datalloy.scores import Scores
-from datalloy.selection import Selection, kept_count, length_correlation, length_strata, select, toxic_mask
+from datalloy.selection import Selection, kept_count, length_correlation, select, toxic_mask
+from datalloy.strata import length_strata
 
 
 def make_scores(utility, *, domain=None, id=None, se=0.0, supervised=1, length=1, state=None, signed=True) -> Scores:
@@ -236,6 +238,16 @@ def test_length_normalised_ranking_keeps_the_same_share_of_every_stratum():
     assert np.bincount(length[plain.kept], minlength=6)[1:].tolist() == [20, 20, 0, 0, 0]
     assert np.bincount(length[normalised.kept], minlength=6)[1:].tolist() == [8, 8, 8, 8, 8]
     assert set(np.flatnonzero(normalised.kept) % 20) == set(range(12, 20))  # the best of each
+
+
+def test_low_loss_by_length_keeps_what_length_normalised_ranking_keeps_by_low_loss():
+    rng = np.random.default_rng(0)
+    loss_N, tokens_N, domain_N = rng.random(300), rng.integers(1, 40, 300), np.repeat(["x", "y", "z"], 100)
+    place_N = BASELINES["low_loss_by_length"](Seen(loss_N, tokens_N, domain_N, (), 0))
+    columns = {"domain": list(domain_N), "supervised": tokens_N, "signed": False}
+    plain, by_length = (make_scores(u, **columns) for u in (-loss_N, place_N))
+    expected = select(plain, Select(), fraction=0.3, length_normalised=True)
+    assert select(by_length, Select(), fraction=0.3).kept.tolist() == expected.kept.tolist()
 
 
 def test_length_normalised_ranking_looks_at_each_domain_alone():

@@ -59,6 +59,7 @@ ScorerName = Literal[
     "judge",
     "random",
     "low_loss",
+    "low_loss_by_length",
     "mid_loss",
     "high_loss",
     "length",

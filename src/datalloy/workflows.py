@@ -166,7 +166,9 @@ class Workflow:
     def _random_order(self, purpose: str) -> list[int]:
         """Indices of the pool in an order drawn from the seed and each sample's content."""
         keys = (f"{purpose} {content}" for content in self.pool.content_hashes())
-        draw_N = scorers.BASELINES["random"](scorers.Seen(np.empty(0), np.empty(0), keys, self.recipe.score.seed))
+        nothing_N = np.empty(0)
+        seen = scorers.Seen(nothing_N, nothing_N, nothing_N, keys, self.recipe.score.seed)
+        draw_N = scorers.BASELINES["random"](seen)
         return [int(i) for i in np.argsort(draw_N, kind="stable")]
 
     # --- score: samples in, utilities out ----------------------------------------------------------------------
@@ -468,7 +470,7 @@ class Workflow:
         table = self.score()
         self._check_order(table.table)
         contents = self.pool.content_hashes()
-        seen = scorers.Seen(table.loss, table.supervised_tokens, contents, self.recipe.select.seed)
+        seen = scorers.Seen(table.loss, table.supervised_tokens, table.domain, contents, self.recipe.select.seed)
         utility_N = scorers.BASELINES[scorer](seen)
         # what a rater could not rate has a loss all the same; where no model was asked there are no losses at all
         is_usable_N = table.is_ok if table.metadata["method"] == "lengths" else np.isfinite(table.loss)

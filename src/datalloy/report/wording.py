@@ -7,6 +7,7 @@ from datalloy.report.markup import percent
 RANKED_BY = {
     "random": "drawn at random",
     "low_loss": "those with the lowest loss",
+    "low_loss_by_length": "those with the lowest loss among answers of like length",
     "mid_loss": "those with a middling loss",
     "high_loss": "those with the highest loss",
     "length": "those with the longest answers",

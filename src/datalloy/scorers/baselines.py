@@ -10,17 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from datalloy.config import Precision
 from datalloy.scorers.one_step import ScoreBlock
+from datalloy.strata import MAX_STRATA, length_strata
 from datalloy.vlm import VLM, Encoded
 
 
 class Seen(NamedTuple):
-    """What baselines may look at: losses (nats per token), supervised tokens, content hashes (once); and a seed."""
+    """What baselines may see: losses (nats per token), supervised tokens, domains, content hashes (once); a seed."""
 
     loss_N: np.ndarray
     tokens_N: np.ndarray
+    domain_N: np.ndarray
     keys: Iterable[str]
     seed: int
 
@@ -34,6 +37,22 @@ def random_score(seen: Seen) -> np.ndarray:
 def low_loss(seen: Seen) -> np.ndarray:
     """What the proxy knows already comes first."""
     return -seen.loss_N
+
+
+def low_loss_by_length(seen: Seen) -> np.ndarray:
+    """What the proxy knows already among answers of like length: minus the place in a stratum of a domain, in (-1, 0).
+
+    Low loss alone drops long answers, right or wrong, and with them what is hard. Here every stratum
+    (`strata.length_strata`) gives the same share. Equal losses share a place; a missing loss stays missing.
+    """
+    place_N = np.full(len(seen.loss_N), np.nan)
+    known = np.flatnonzero(np.isfinite(seen.loss_N))
+    domain_N = np.unique(seen.domain_N[known], return_inverse=True)[1]
+    cell_N = domain_N * MAX_STRATA + length_strata(seen.tokens_N[known], domain_N)
+    for cell in np.unique(cell_N):
+        rows = known[cell_N == cell]
+        place_N[rows] = (rankdata(seen.loss_N[rows]) - 0.5) / len(rows)
+    return -place_N
 
 
 def high_loss(seen: Seen) -> np.ndarray:
@@ -56,6 +75,7 @@ WITHOUT_MODEL = {"random", "length"}  # need no loss, so no pass of the proxy
 BASELINES: dict[str, Callable[[Seen], np.ndarray]] = {
     "random": random_score,
     "low_loss": low_loss,
+    "low_loss_by_length": low_loss_by_length,
     "mid_loss": mid_loss,
     "high_loss": high_loss,
     "length": length,
