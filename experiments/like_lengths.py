@@ -4,13 +4,14 @@
     python experiments/like_lengths.py --seeds 3 4 5 --worlds "hard matters"
 
 Low loss drops what is hard, since long and rare answers have a high loss whether they are right or wrong. As
-`low_loss_by_length`, each stratum of answer length gives the same share. `target_tuned` is the same by the loss of the
-base tuned on the target items that score, which then knows the form of hard answers. The same pools, base, training
-and held-out questions as selection.py, whose rows are the comparison; `--scores references` trains low loss, full SFT
-and the oracle where it has none. Resumable. Eight seconds of one core a row.
+`low_loss_by_length`, each stratum of answer length gives the same share. `calibrated_by_length` is the same by OST's
+calibrated utility, `target_tuned` by the loss of the base tuned on the target items that score. The same pools, base,
+training and held-out questions as selection.py, whose rows are the comparison; `--scores references` trains low loss,
+full SFT and the oracle where it has none. Resumable. Eight seconds of one core a row.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,28 +25,31 @@ from datalloy.scorers import BASELINES, Seen
 from datalloy.scores import Scores
 from datalloy.training import train
 
-# only losses are needed, and no bake-off
-ONLY_LOSSES = ("score.method=low_loss", "select.keep_fraction=0.5")
+# what has to be scored; where nothing is named, losses alone
+METHODS = {"calibrated_by_length": "calibrated"}
 TUNING_STEPS = 24
 FRACTIONS = (0.2, 0.5, 0.65, 0.8)
 JOBS = {
     "low_loss_by_length": [Job("low_loss_by_length", fraction) for fraction in FRACTIONS],
+    "calibrated_by_length": [Job("calibrated_by_length", fraction) for fraction in FRACTIONS],
     "target_tuned": [Job("target_tuned", fraction) for fraction in FRACTIONS],
     "references": [Job("full"), Job("oracle"), *(Job("low_loss", fraction) for fraction in FRACTIONS)],
 }
 
 
-class TwoLosses(World):
-    """A world whose samples may be ranked by the loss of a tuned model, too."""
+class LikeLengths(World):
+    """A world whose samples may be ranked by other scores among answers of like length, too."""
 
     def scores(self, scorer: str, draw: int = 0) -> Scores:
-        if scorer != "target_tuned":
+        if scorer not in ("calibrated_by_length", "target_tuned"):
             return super().scores(scorer, draw)
-        base = super().scores("low_loss")
-        losses = self.run.once("target-tuned", lambda: {"losses": self.target_tuned_losses().tolist()})
-        seen = Seen(np.array(losses["losses"]), base.supervised_tokens, base.domain, (), 0)
-        place_N = BASELINES["low_loss_by_length"](seen)
-        return base.with_utility(place_N, base.state, {"method": scorer, "signed": False})
+        table = self.workflow.score()
+        loss_N = -table.utility
+        if scorer == "target_tuned":
+            losses = self.run.once("target-tuned", lambda: {"losses": self.target_tuned_losses().tolist()})
+            loss_N = np.array(losses["losses"])
+        place_N = BASELINES["low_loss_by_length"](Seen(loss_N, table.supervised_tokens, table.domain, (), 0))
+        return table.with_utility(place_N, table.state, {"method": scorer, "signed": False})
 
     def target_tuned_losses(self) -> np.ndarray:
         work = self.workflow
@@ -55,25 +59,31 @@ class TwoLosses(World):
         return answer_losses(vlm, [work._encoded_pool[i] for i in range(len(work.pool))], batch_size=32)
 
 
+def trained(world: World, asked: str) -> Iterator[dict[str, Any]]:
+    for job in JOBS[asked]:
+        found = {}
+        if asked != "references":
+            utility_N = world.scores(job.scorer).utility
+            found["auc"] = auc(utility_N, world.is_clean_N)
+            found["auc hard"] = auc(utility_N, world.is_clean_N, world.hard_N)
+        yield {**world.row(job), **found}
+
+
 def main() -> None:
     parser = worlds_parser(__doc__, "like_lengths")
     parser.add_argument("--scores", nargs="+", choices=list(JOBS), default=list(JOBS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        with open_world(name, args.base, seed, args.runs / place, ONLY_LOSSES, "losses") as drawn:
-            world = TwoLosses(name, args.base, seed, args.runs / place, drawn.run)
-            rows: list[dict[str, Any]] = []
-            for asked in args.scores:
-                for job in JOBS[asked]:
-                    separation = {}
-                    if asked != "references":
-                        utility_N = world.scores(job.scorer).utility
-                        separation["auc"] = auc(utility_N, world.is_clean_N)
-                        separation["auc hard"] = auc(utility_N, world.is_clean_N, world.hard_N)
-                    rows.append({**world.row(job), **separation})
+        folder = args.runs / place
+        rows: list[dict[str, Any]] = []
+        for asked in args.scores:
+            method = METHODS.get(asked, "low_loss")
+            overrides = (f"score.method={method}", "select.keep_fraction=0.5")  # no bake-off
+            with open_world(name, args.base, seed, folder, overrides, method) as drawn:
+                rows += trained(LikeLengths(name, args.base, seed, folder, drawn.run), asked)
         write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
-        said = [f"{row['scorer']} {row['within']} {row['fraction']}: {row['accuracy']:.3f}" for row in rows]
+        said = [f"{row['scorer']} {row['fraction']}: {row['accuracy']:.3f}" for row in rows]
         print(place, json.dumps(said), flush=True)
 
 

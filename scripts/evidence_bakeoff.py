@@ -17,6 +17,7 @@ from evidence_tables import table
 RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
 FURTHER = "-items.json"  # how the names of results end where further items judge
+BY_LENGTH = "-by-length.json"  # and where they hold more arms of the pool of that name
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
@@ -29,6 +30,7 @@ def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
 
 
 LOW, LESS, OST = arms("low_loss", 0.2, 0.5, 0.8), arms("less", 0.2, 0.5), arms("calibrated", 0.5, 0.8)
+LIKE = arms("low_loss_by_length", 0.2, 0.5, 0.8)
 MORE = arms("low_loss", 0.65)
 
 
@@ -88,14 +90,16 @@ class Pool:
     @classmethod
     def read(cls, path: Path) -> "Pool":
         found = json.loads(path.read_text())
+        more = path.with_name(path.stem + BY_LENGTH)
+        rows = [*found["rows"], *(json.loads(more.read_text())["rows"] if more.exists() else [])]
         values: dict[tuple[int, Arm, str], np.ndarray] = {}
         accuracy = {}
-        for row in found["rows"]:
+        for row in rows:
             arm = FULL if row["scorer"] == "full" else Arm(row["scorer"], row["fraction"], "domain")
             for run in RUNS & row.keys():
                 values[row["train_seed"], arm, run] = np.array(row[run])
             accuracy[row["train_seed"], arm] = row["accuracy"]
-        seeds = tuple(dict.fromkeys(row["train_seed"] for row in found["rows"]))
+        seeds = tuple(dict.fromkeys(row["train_seed"] for row in rows))
         return cls(found["world"], np.array(found["target"]), values, accuracy, seeds)
 
     def gains(self, rule: Rule, judging: int = JUDGING, trainings: int = 1) -> list[float]:
@@ -140,7 +144,8 @@ class Pool:
 def read_pools(*, further: bool = False) -> list[Pool]:
     """Those judged by the targets' own items, or those judged by further ones."""
     paths = sorted((RESULTS / "bakeoff_rules").glob("*.json"))
-    return [Pool.read(path) for path in paths if path.name.endswith(FURTHER) == further]
+    whole = [path for path in paths if not path.name.endswith(BY_LENGTH)]
+    return [Pool.read(path) for path in whole if path.name.endswith(FURTHER) == further]
 
 
 def judging_items() -> str:
