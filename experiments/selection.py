@@ -1,7 +1,7 @@
 """Which way of selecting trains best, and where? Drawn worlds with known faults in, one row a trained model out.
 
     python experiments/selection.py --seeds 0 1 2                       (all worlds, the main arms)
-    python experiments/selection.py --seeds 0 --worlds clean --phases main more
+    python experiments/selection.py --seeds 0 --worlds clean --phases main more "by length" auto
     python experiments/selection.py --base shipped --worlds clean       (the base that has nothing left to learn)
 
 In every world the pool is scored by every method; the base (bases.py) is trained on what each keeps of each domain, at
@@ -10,9 +10,10 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `auto` is the bake-off of the default recipe; its row says what it chose and what everything
-cost. Resumable: what has a record in --runs is not computed again, and rows are gathered from the records. About 8
-seconds of one core a row, 2 minutes of scoring a world. `scripts/evidence.py` makes the tables of docs/evidence.md from
-the rows.
+cost. `by length` needs losses alone, `large` is for the world of that name. Resumable: what has a record in --runs is
+not computed again, and rows are gathered from the records; rows of phases that are not asked for stay in the file.
+About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes the tables of
+docs/evidence.md from the rows.
 """
 
 import argparse
@@ -43,14 +44,17 @@ from datalloy.workflows import Workflow
 
 DOMAINS = ("chart", "counting")
 PER_DOMAIN = 160
+LARGE = 4  # times the samples of a domain
 TARGET_ITEMS = 64  # a target: half of them score, half judge the bake-off
 HOLDOUT_ITEMS = 150
 BATCH, STEPS = 16, 40
 
 
-def plan(faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None) -> PoolPlan:
+def plan(
+    faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None, samples: int = PER_DOMAIN
+) -> PoolPlan:
     return PoolPlan(
-        samples=dict.fromkeys(DOMAINS, PER_DOMAIN),
+        samples=dict.fromkeys(DOMAINS, samples),
         faults=faults,
         hard=hard,
         target_hard=target_hard,
@@ -69,6 +73,7 @@ WORLDS: dict[str, PoolPlan] = {
     "other picture 30 %": plan({"other_picture": 0.3}),
     "near-copies 50 %": plan({"near_copy": 0.5}),
     "wrong 10 %": plan({"wrong_answer": 0.1}),
+    "wrong 30 %, large": plan({"wrong_answer": 0.3}, samples=LARGE * PER_DOMAIN),
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 BASELINES = ("low_loss", "low_loss_by_length", "mid_loss", "high_loss", "length")
@@ -91,7 +96,7 @@ evaluation:
   counting-holdout: {{path: data/counting.holdout.jsonl}}
 score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
 select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less], seed: {seed}}}
-train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
+train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: {samples}, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
 leakage: {{on_leak: allow}}
 """
@@ -113,18 +118,34 @@ class Job:
 
 
 def jobs(phase: str) -> Iterator[Job]:
-    if phase == "main":
+    if phase == "by length":
+        yield from (Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+    elif phase == "large":
+        yield from (
+            Job("base"),
+            Job("full"),
+            Job("oracle"),
+            Job("low_loss", 0.65),
+            Job("judge", 0.5),
+            Job("judge", 0.2),
+        )
+        yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
+        yield from (Job("low_loss", fraction) for fraction in (0.2, 0.5, 0.8))
+    elif phase == "main":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("low_loss", 0.65))
         for fraction in (0.5, 0.2):
             yield from (Job(scorer, fraction) for scorer in MAIN)
             yield from (Job("random", fraction, draw) for draw in range(3))
         yield from (Job(scorer, 0.8) for scorer in (*FEW, "random"))
         yield from (Job(scorer, 0.5) for scorer in ("high_loss", *PUT_BACK))
-        return
-    yield from (Job(scorer, 0.5) for scorer in ("mid_loss", "length"))
-    yield from (Job(scorer, 0.1) for scorer in (*FEW, "random"))
-    yield from (Job(scorer, 0.5, within="global") for scorer in FEW)
-    yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
+    elif phase == "more":
+        yield from (Job(scorer, 0.5) for scorer in ("mid_loss", "length"))
+        yield from (Job(scorer, 0.1) for scorer in (*FEW, "random"))
+        yield from (Job(scorer, 0.5, within="global") for scorer in FEW)
+        yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
+
+
+PHASES = ("main", "more", "by length", "large")
 
 
 class World:
@@ -190,6 +211,11 @@ class World:
         measured = self.run.once(f"train/{job.name}", lambda: self.measure(job, kept))
         return {"world": self.name, "base": self.base, "seed": self.seed, **vars(job), **measured}
 
+    @property
+    def steps(self) -> int:
+        """Of a training on whatever is kept: two passes over the pool."""
+        return round(self.run.recipe.train.samples / BATCH)
+
     @cached_property
     def held_out(self) -> HeldOut:
         return HeldOut.lay_out(self.workflow)
@@ -197,9 +223,9 @@ class World:
     def measure(self, job: Job, kept: list[int]) -> dict[str, Any]:
         vlm, steps = self.workflow._base.copy(), 0
         if job.scorer != "base":
-            steps = STEPS
+            steps = self.steps
             if job.protocol == "fixed epochs":
-                steps = max(1, round(STEPS * len(kept) / len(self.fault_N)))
+                steps = max(1, round(steps * len(kept) / len(self.fault_N)))
             train(vlm, self.workflow._encoded_pool.pick(kept), self.workflow._train_settings(), None, steps=steps)
         return {
             "steps": steps,
@@ -221,7 +247,7 @@ class World:
                 base_V=items.values(work._base),
                 weight_V=work._item_weights(items),
                 budget_steps=int(AUTO_EPOCHS * len(work.pool) / BATCH),
-                longest_steps=STEPS,
+                longest_steps=self.steps,
                 seed=self.seed,
             )
             winner = outcome.winner
@@ -269,7 +295,8 @@ def open_world(
     """A world of `WORLDS`, drawn into `folder` where it is not there yet; its run folder is a part of it."""
     if not (folder / "drawn").exists():
         write_pool(folder / "data", WORLDS[name], seed)
-        recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent))
+        samples = 2 * sum(WORLDS[name].samples.values())
+        recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent), samples=samples)
         write_atomically(folder / "recipe.yaml", recipe.encode())
         write_atomically(folder / "drawn", b"")
     with Run(load_recipe(folder / "recipe.yaml", overrides), folder / run) as opened:
@@ -277,13 +304,30 @@ def open_world(
 
 
 def slug(name: str) -> str:
-    return name.replace(" %", "").replace(" ", "-")
+    return name.replace(" %", "").replace(",", "").replace(" ", "-")
 
 
-def run_world(name: str, base: str, seed: int, phases: list[str], folder: Path) -> list[dict[str, Any]]:
-    with open_world(name, base, seed, folder) as world:
+def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    everything = bool(set(phases) & {"main", "more"})
+    overrides, run = ((), "run") if everything else ((f"select.bakeoff_arms=[{', '.join(AUTO_ARMS)}]",), "auto")
+    with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
-        return [*rows, {**world.auto(), "agreements": world.agreements(), "score_seconds": world.score_seconds()}]
+        if "auto" in phases:
+            rows.append(world.auto())
+        if "main" in phases:  # of the pool, not of a model; they stand with the first
+            rows[0] |= {"agreements": world.agreements(), "score_seconds": world.score_seconds()}
+        return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds rows to a file of results, in the place of those of the same model where there are any."""
+    commit = provenance()["commit"]
+    found = json.loads(path.read_text()) if path.exists() else {"rows": [], **provenance()}
+    by_model: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (*found["rows"], *({**row, "commit": commit} for row in rows)):
+        identity = ("auto",) if row["scorer"] == "auto" else tuple(row[field] for field in Job.__dataclass_fields__)
+        by_model[identity] = {**by_model.get(identity, {}), **row}
+    write_json(path, {**found, "rows": list(by_model.values())})
 
 
 def worlds_parser(description: str, name: str, worlds: Sequence[str] = tuple(WORLDS)) -> argparse.ArgumentParser:
@@ -303,13 +347,14 @@ def asked_pools(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 def main() -> None:
     parser = worlds_parser(__doc__, "selection")
-    parser.add_argument("--phases", nargs="+", choices=["main", "more"], default=["main"])
+    parser.add_argument("--phases", nargs="+", choices=[*PHASES, "auto"], default=["main", "auto"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
         rows = run_world(name, args.base, seed, args.phases, args.runs / place)
-        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
-        print(json.dumps({r["scorer"] + f" {r['fraction']}": round(r["accuracy"], 3) for r in rows}), flush=True)
+        write_rows(args.out / f"{place}.json", rows)
+        said = {f"{row['scorer']} {row['fraction']}": round(row["accuracy"], 3) for row in rows if "accuracy" in row}
+        print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

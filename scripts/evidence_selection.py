@@ -16,6 +16,7 @@ NAMES = {
     "full": "full SFT",
     "oracle": "oracle: clean samples only",
     "low_loss": "low loss",
+    "low_loss_by_length": "low loss by length",
     "mid_loss": "mid loss",
     "high_loss": "high loss",
     "length": "long answers",
@@ -34,8 +35,8 @@ NAMES = {
 }
 WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
 COMPARED = (
-    *("exact", "calibrated", "calibrated diverse", "tail", "low_loss", "mid_loss", "high_loss", "length"),
-    *("first_order", "less", "deita", "judge", "random", "auto"),
+    *("exact", "calibrated", "calibrated diverse", "tail", "low_loss", "low_loss_by_length", "mid_loss", "high_loss"),
+    *("length", "first_order", "less", "deita", "judge", "random", "auto"),
 )
 Row = dict[str, Any]
 Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
@@ -43,7 +44,7 @@ Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
 
 @cache
 def selection_rows(base: str) -> list[Row]:
-    paths = sorted((RESULTS / "selection").glob(f"*-{base}-*.json"))
+    paths = [p for p in sorted((RESULTS / "selection").glob(f"*-{base}-*.json")) if "-large-" not in p.name]
     return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
@@ -110,7 +111,7 @@ def gains(base: str, fraction: float, over: str) -> str:
 def fractions(base: str) -> str:
     """Accuracy by share kept: how the best share moves with the noise."""
     rows = []
-    for scorer in ("exact", "calibrated", "low_loss", "random"):
+    for scorer in ("exact", "calibrated", "low_loss", "low_loss_by_length", "random"):
         for fraction in (0.1, 0.2, 0.5, 0.65, 0.8):
             found = [runs(base, world, scorer, fraction) for world in worlds(base)]
             if any(found):
@@ -230,7 +231,7 @@ def separation(base: str) -> str:
     rows = []
     names = ("exact", "calibrated", "tail", "first_order", "less", "low_loss")
     for world in worlds(base):
-        found = [r["agreements"] for r in selection_rows(base) if r["scorer"] == "auto" and r["world"] == world]
+        found = [r["agreements"] for r in selection_rows(base) if r["world"] == world and "agreements" in r]
         cells = []
         for name in names:
             values = [[f[f"auc {name}{hard}"] for f in found] for hard in ("", ", hard")]
@@ -253,8 +254,8 @@ def costs(base: str) -> str:
     for row in rows:
         if row["scorer"] == "auto":
             found.setdefault("auto", []).append(row["race_steps"] / 20)
-            for name, taken in row["score_seconds"].items():
-                found.setdefault(name, []).append(taken / epoch)
+        for name, taken in row.get("score_seconds", {}).items():
+            found.setdefault(name, []).append(taken / epoch)
     shown = {
         **NAMES,
         "probing": "probing, shared by all of OST and the dot products",
