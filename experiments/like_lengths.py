@@ -2,10 +2,10 @@
 
     python experiments/like_lengths.py --worlds "wrong 30 %" "hard matters" --seeds 0 1 2
 
-`low_loss_by_length` (selection.py has its rows) ranks by the base's loss inside strata of answer length, which each give
-the same share. Here the same strata are ranked by OST's calibrated utility, and by the loss of the base tuned on the
-target items that score. The same pools, base, training and held-out questions as selection.py. Resumable. Eight seconds
-of one core a row, a minute of scoring a pool.
+`low_loss_by_length` (selection.py has its rows) ranks by the base's loss inside strata of answer length, which each
+give the same share. Here the same strata are ranked by OST's calibrated utility, and by the loss of the base tuned on
+the target items that score. The same pools, base, training and held-out questions as selection.py. Resumable. Eight
+seconds of one core a row, a minute of scoring a pool.
 """
 
 import json
@@ -33,6 +33,8 @@ class LikeLengths(World):
     """A world whose samples may be ranked by other scores among answers of like length, too."""
 
     def scores(self, scorer: str, draw: int = 0) -> Scores:
+        if scorer not in SCORES:
+            return super().scores(scorer, draw)
         table = self.workflow.score()
         loss_N = -table.utility
         if scorer == "target_tuned_by_length":
