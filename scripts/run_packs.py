@@ -3,8 +3,8 @@
     python scripts/run_packs.py --data FOLDER --out experiments/results/packs.json --seeds 0 1 2
 
 For every seed: `examples/packs.yaml` end to end, and beside it the full pool, a random half, and the half and the four
-fifths of lowest loss, of the pool or among answers of like length, trained at equal compute. `--arms` takes some of them.
-`--race`: the bake-off alone, for what it would choose. Resumable: run the same command again.
+fifths of lowest loss, of the domain or among answers of like length, trained at equal compute. `--arms` takes some of
+them. `--race`: the bake-off alone, for what it would choose. Resumable: run the same command again.
 """
 
 import argparse
