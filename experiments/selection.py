@@ -33,7 +33,7 @@ from held_out import HeldOut
 from provenance import provenance
 
 from datalloy import bakeoff
-from datalloy.config import load_recipe
+from datalloy.config import Select, load_recipe
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.scores import Scores
 from datalloy.selection import select
@@ -81,7 +81,8 @@ MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
 RATING_ACCURACY = 0.8
-AUTO_ARMS, AUTO_FRACTIONS, AUTO_EPOCHS = ("calibrated", "low_loss"), (0.2, 0.5, 0.8), 13.8
+AUTO = Select()  # the default recipe's arms
+AUTO_EPOCHS = 15.6  # 12 steps for each of eleven arms, 36 for five finalists
 RECIPE = """\
 name: selection
 base: {base}
@@ -242,7 +243,7 @@ class World:
             work = self.workflow
             items = work._judge()
             outcome = bakeoff.race(
-                bakeoff.make_arms(AUTO_ARMS, AUTO_FRACTIONS),
+                bakeoff.make_arms(AUTO.bakeoff_arms, AUTO.bakeoff_fractions),
                 lambda arm, steps, number: work._run_arm(arm, steps, number, items),
                 base_V=items.values(work._base),
                 weight_V=work._item_weights(items),
@@ -309,7 +310,7 @@ def slug(name: str) -> str:
 
 def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     everything = bool(set(phases) & {"main", "more"})
-    overrides, run = ((), "run") if everything else ((f"select.bakeoff_arms=[{', '.join(AUTO_ARMS)}]",), "auto")
+    overrides, run = ((), "run") if everything else ((f"select.bakeoff_arms=[{', '.join(AUTO.bakeoff_arms)}]",), "auto")
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
         if "auto" in phases:
