@@ -9,11 +9,10 @@ equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for 
 held-out questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `auto` is the bake-off of the default recipe; its row says what it chose and what everything
-cost. `by length` needs losses alone, `large` is for the world of that name. Resumable: what has a record in --runs is
-not computed again, and rows are gathered from the records; rows of phases that are not asked for stay in the file.
-About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes the tables of
-docs/evidence.md from the rows.
+a random one of the rest. `few` and `by length` need losses alone. `auto` is the bake-off of the default recipe; its row
+says what it chose and what it cost. Resumable: what has a record in --runs is not computed again, and rows are gathered
+from the records; rows of phases that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of
+scoring a world, 2 of `auto`. `scripts/evidence.py` makes the tables of docs/evidence.md from the rows.
 """
 
 import argparse
@@ -44,17 +43,14 @@ from datalloy.workflows import Workflow
 
 DOMAINS = ("chart", "counting")
 PER_DOMAIN = 160
-LARGE = 4  # times the samples of a domain
 TARGET_ITEMS = 64  # a target: half of them score, half judge the bake-off
 HOLDOUT_ITEMS = 150
 BATCH, STEPS = 16, 40
 
 
-def plan(
-    faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None, samples: int = PER_DOMAIN
-) -> PoolPlan:
+def plan(faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None) -> PoolPlan:
     return PoolPlan(
-        samples=dict.fromkeys(DOMAINS, samples),
+        samples=dict.fromkeys(DOMAINS, PER_DOMAIN),
         faults=faults,
         hard=hard,
         target_hard=target_hard,
@@ -73,7 +69,6 @@ WORLDS: dict[str, PoolPlan] = {
     "other picture 30 %": plan({"other_picture": 0.3}),
     "near-copies 50 %": plan({"near_copy": 0.5}),
     "wrong 10 %": plan({"wrong_answer": 0.1}),
-    "wrong 30 %, large": plan({"wrong_answer": 0.3}, samples=LARGE * PER_DOMAIN),
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 BASELINES = ("low_loss", "low_loss_by_length", "mid_loss", "high_loss", "length")
@@ -97,7 +92,7 @@ evaluation:
   counting-holdout: {{path: data/counting.holdout.jsonl}}
 score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
 select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less], seed: {seed}}}
-train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: {samples}, seed: {seed}}}
+train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
 leakage: {{on_leak: allow}}
 """
@@ -121,17 +116,10 @@ class Job:
 def jobs(phase: str) -> Iterator[Job]:
     if phase == "by length":
         yield from (Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-    elif phase == "large":
-        yield from (
-            Job("base"),
-            Job("full"),
-            Job("oracle"),
-            Job("low_loss", 0.65),
-            Job("judge", 0.5),
-            Job("judge", 0.2),
-        )
+    elif phase == "few":
+        yield from (Job("base"), Job("full"), Job("oracle"), Job("judge", 0.5), Job("judge", 0.2))
         yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
-        yield from (Job("low_loss", fraction) for fraction in (0.2, 0.5, 0.8))
+        yield from (Job("low_loss", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
     elif phase == "main":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("low_loss", 0.65))
         for fraction in (0.5, 0.2):
@@ -146,7 +134,7 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
-PHASES = ("main", "more", "by length", "large")
+PHASES = ("main", "more", "by length", "few")
 
 
 class World:
@@ -212,11 +200,6 @@ class World:
         measured = self.run.once(f"train/{job.name}", lambda: self.measure(job, kept))
         return {"world": self.name, "base": self.base, "seed": self.seed, **vars(job), **measured}
 
-    @property
-    def steps(self) -> int:
-        """Of a training on whatever is kept: two passes over the pool."""
-        return round(self.run.recipe.train.samples / BATCH)
-
     @cached_property
     def held_out(self) -> HeldOut:
         return HeldOut.lay_out(self.workflow)
@@ -224,9 +207,9 @@ class World:
     def measure(self, job: Job, kept: list[int]) -> dict[str, Any]:
         vlm, steps = self.workflow._base.copy(), 0
         if job.scorer != "base":
-            steps = self.steps
+            steps = STEPS
             if job.protocol == "fixed epochs":
-                steps = max(1, round(steps * len(kept) / len(self.fault_N)))
+                steps = max(1, round(STEPS * len(kept) / len(self.fault_N)))
             train(vlm, self.workflow._encoded_pool.pick(kept), self.workflow._train_settings(), None, steps=steps)
         return {
             "steps": steps,
@@ -248,7 +231,7 @@ class World:
                 base_V=items.values(work._base),
                 weight_V=work._item_weights(items),
                 budget_steps=int(AUTO_EPOCHS * len(work.pool) / BATCH),
-                longest_steps=self.steps,
+                longest_steps=STEPS,
                 seed=self.seed,
             )
             winner = outcome.winner
@@ -296,8 +279,7 @@ def open_world(
     """A world of `WORLDS`, drawn into `folder` where it is not there yet; its run folder is a part of it."""
     if not (folder / "drawn").exists():
         write_pool(folder / "data", WORLDS[name], seed)
-        samples = 2 * sum(WORLDS[name].samples.values())
-        recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent), samples=samples)
+        recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent))
         write_atomically(folder / "recipe.yaml", recipe.encode())
         write_atomically(folder / "drawn", b"")
     with Run(load_recipe(folder / "recipe.yaml", overrides), folder / run) as opened:
@@ -305,7 +287,7 @@ def open_world(
 
 
 def slug(name: str) -> str:
-    return name.replace(" %", "").replace(",", "").replace(" ", "-")
+    return name.replace(" %", "").replace(" ", "-")
 
 
 def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
@@ -325,7 +307,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     commit = provenance()["commit"]
     found = json.loads(path.read_text()) if path.exists() else {"rows": [], **provenance()}
     by_model: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in (*found["rows"], *({**row, "commit": commit} for row in rows)):
+    for row in (*found["rows"], *({"commit": commit, **row} for row in rows)):
         identity = ("auto",) if row["scorer"] == "auto" else tuple(row[field] for field in Job.__dataclass_fields__)
         by_model[identity] = {**by_model.get(identity, {}), **row}
     write_json(path, {**found, "rows": list(by_model.values())})

@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracies": lambda base, fraction: evidence_selection.accuracies(base, float(fraction)),
     "gains": lambda base, fraction, over: evidence_selection.gains(base, float(fraction), over),
     "fractions": evidence_selection.fractions,
+    "like_lengths": evidence_selection.like_lengths,
     "fast": evidence_selection.fast,
     "variants": evidence_selection.variants,
     "put_back": evidence_selection.put_back,

@@ -31,7 +31,7 @@ def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
 
 LOW, LESS, OST = arms("low_loss", 0.2, 0.5, 0.8), arms("less", 0.2, 0.5), arms("calibrated", 0.5, 0.8)
 LIKE = arms("low_loss_by_length", 0.2, 0.5, 0.8)
-MORE = arms("low_loss", 0.65)
+MORE = (*arms("low_loss", 0.65), *arms("low_loss_by_length", 0.65))
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,47 @@ class Rule:
     budget: int = 10**6  # training steps of the race
 
 
+FORMER = (FULL, RANDOM, *LOW, *OST)  # what the default recipe raced before answers of like length were compared
+RACED = (FULL, RANDOM, *LIKE, *LOW, *OST)
 RULES = {
     "full SFT always": Rule((FULL,)),
     "low loss 80 % always": Rule(LOW[2:]),
-    "low loss 65 % always": Rule(MORE),
+    "low loss 65 % always": Rule(MORE[:1]),
+    "low loss by length 50 % always": Rule(LIKE[1:2]),
+    "low loss by length 65 % always": Rule(MORE[1:]),
     "low loss raced": Rule((FULL, RANDOM, *LOW)),
-    "**OST and low loss raced**": Rule((FULL, RANDOM, *LOW, *OST)),
-    "the same, the best two go on": Rule((FULL, RANDOM, *LOW, *OST), best=2),
-    "the same, all arms go on": Rule((FULL, RANDOM, *LOW, *OST), best=99),
-    "the same, near ties not to what keeps more": Rule((FULL, RANDOM, *LOW, *OST), nearly_tied=0.0),
-    "the same, ties up to one standard error": Rule((FULL, RANDOM, *LOW, *OST), nearly_tied=1.0),
-    "the same, LESS too": Rule((FULL, RANDOM, *LOW, *OST, *LESS)),
-    "the same, LESS and 65 % of low loss too": Rule((FULL, RANDOM, *LOW, *OST, *LESS, *MORE)),
+    "OST and low loss raced": Rule(FORMER),
+    "low loss by length raced": Rule((FULL, RANDOM, *LIKE)),
+    "OST and low loss by length raced": Rule((FULL, RANDOM, *LIKE, *OST)),
+    "low loss and low loss by length raced": Rule((FULL, RANDOM, *LIKE, *LOW)),
+    "**all three raced**": Rule(RACED),
+    "the same, the best two go on": Rule(RACED, best=2),
+    "the same, all arms go on": Rule(RACED, best=99),
+    "the same, near ties not to what keeps more": Rule(RACED, nearly_tied=0.0),
+    "the same, ties up to one standard error": Rule(RACED, nearly_tied=1.0),
+    "the same, LESS too": Rule((*RACED, *LESS)),
+    "the same, LESS and 65 % of both low losses too": Rule((*RACED, *LESS, *MORE)),
 }
-
-
-RACED = (FULL, RANDOM, *LOW, *OST)
 HALF = ("half", "half")
 PARTS = {
     "short runs alone, on all that an arm keeps": Rule(RACED, best=99, runs=("short", "short")),
     "short runs alone, on a part": Rule(RACED, best=99, runs=("part", "part")),
-    "the same, without the smallest share": Rule((FULL, RANDOM, *LOW[1:], *OST), best=99, runs=("part", "part")),
+    "the same, without the smallest share": Rule(
+        (FULL, RANDOM, *LIKE[1:], *LOW[1:], *OST), best=99, runs=("part", "part")
+    ),
     "the same, ties up to two standard errors": Rule(RACED, best=99, nearly_tied=2.0, runs=("part", "part")),
     "the same, the surest lead": Rule(RACED, runs=("part", "part"), budget=len(RACED) * FINAL_STEPS // 2),
     **{
         f"**{runs} arms once, on half of what each keeps**": Rule(RACED, runs=HALF, budget=runs * FINAL_STEPS // 2)
-        for runs in (2, 3, 4, 5, 7)
+        for runs in (2, 3, 4, 5, 7, 10)
     },
-    "4 arms once, near ties to what keeps most": Rule((FULL, *LOW), best=99, runs=HALF),
-    "4 arms once, ties up to two standard errors": Rule((FULL, *LOW), best=99, nearly_tied=2.0, runs=HALF),
+    "4 arms once, plain low loss first": Rule(FORMER, runs=HALF, budget=4 * FINAL_STEPS // 2),
+    "4 arms once, near ties to what keeps most": Rule((FULL, *LIKE), best=99, runs=HALF),
+    "4 arms once, ties up to two standard errors": Rule((FULL, *LIKE), best=99, nearly_tied=2.0, runs=HALF),
     "the first round on all, the second as long as the final training": Rule(RACED),
     "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
+    "the same without low loss by length": Rule(FORMER, runs=("part", "long")),
+    "the same without OST": Rule((FULL, RANDOM, *LIKE, *LOW), runs=("part", "long")),
 }
 
 
@@ -149,10 +159,10 @@ def read_pools(*, further: bool = False) -> list[Pool]:
 
 
 def judging_items() -> str:
-    """Gain over full SFT of what the default race chooses, by judging items of a target and trainings of a run."""
+    """Gain over full SFT of what the former race chooses, by judging items of a target and trainings of a run."""
     pools = read_pools(further=True)
     worlds = list(dict.fromkeys(pool.world for pool in pools))
-    rule = RULES["**OST and low loss raced**"]
+    rule = Rule(FORMER)
     available = int(np.bincount(pools[0].target_V).min())
     rows = []
     seeds = min(len(pool.seeds) for pool in pools)

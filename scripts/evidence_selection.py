@@ -44,7 +44,7 @@ Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
 
 @cache
 def selection_rows(base: str) -> list[Row]:
-    paths = [p for p in sorted((RESULTS / "selection").glob(f"*-{base}-*.json")) if "-large-" not in p.name]
+    paths = sorted((RESULTS / "selection").glob(f"*-{base}-*.json"))
     return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
@@ -118,6 +118,27 @@ def fractions(base: str) -> str:
                 rows.append([f"{NAMES[scorer]} {fraction:.0%}", *map(mean_of, found)])
     rows.append(["full SFT, 100%", *(mean_of(runs(base, world, "full")) for world in worlds(base))])
     return table(headed("kept", base), rows)
+
+
+def like_lengths(base: str) -> str:
+    """Ranked among answers of like length minus ranked inside domains, by low loss and by OST's calibrated utility."""
+    paths = sorted((RESULTS / "like_lengths").glob(f"*-{base}-*.json"))
+    more = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+
+    def by_length(world: str, scorer: str, fraction: float) -> Pools:
+        name = f"{scorer}_by_length"
+        wanted = (world, name, fraction)
+        found = by_pool(row for row in more if (row["world"], row["scorer"], row["fraction"]) == wanted)
+        return found or runs(base, world, name, fraction)
+
+    rows = []
+    for scorer in ("low_loss", "calibrated"):
+        for fraction in (0.2, 0.5, 0.65, 0.8):
+            pairs = [(by_length(w, scorer, fraction), runs(base, w, scorer, fraction)) for w in worlds(base)]
+            cells = [difference(*pair) for pair in pairs]
+            if any(cells):
+                rows.append([f"{NAMES[scorer]} {fraction:.0%}", *cells])
+    return table(headed("among answers of like length, minus inside the domain", base), rows)
 
 
 def fast(base: str) -> str:
@@ -217,7 +238,8 @@ def _accuracy(row: Row) -> float:
 
 def auto_gains(base: str) -> str:
     """The bake-off against what a user would do without it, paired over pools and questions."""
-    others = (("base", None), ("full", None), ("random", 0.5), ("low_loss", 0.8), ("low_loss", 0.5), ("exact", 0.5))
+    fixed = (("random", 0.5), ("low_loss", 0.8), ("low_loss", 0.5), ("low_loss_by_length", 0.5), ("exact", 0.5))
+    others = (("base", None), ("full", None), *fixed)
     rows = []
     for scorer, fraction in others:
         cells = [difference(runs(base, w, "auto"), runs(base, w, scorer, fraction)) for w in worlds(base)]
@@ -355,6 +377,7 @@ def summary(bases: Sequence[str] = ("blurred", "shipped")) -> str:
                 ("full", None),
                 ("random", 0.5),
                 ("low_loss", 0.5),
+                ("low_loss_by_length", 0.5),
                 ("auto", None),
             ):
                 found = runs(base, world, scorer, fraction)
@@ -363,4 +386,5 @@ def summary(bases: Sequence[str] = ("blurred", "shipped")) -> str:
             rows.append(
                 [f"{world} ({len(runs(base, world, 'full'))})" + ", shipped base" * (base == "shipped"), *cells]
             )
-    return table(["world", "untrained", "full SFT", "random 50 %", "low loss 50 %", "Datalloy's choice"], rows)
+    halves = ("random 50 %", "low loss 50 %", "low loss by length 50 %")
+    return table(["world", "untrained", "full SFT", *halves, "Datalloy's choice"], rows)
