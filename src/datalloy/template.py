@@ -29,7 +29,8 @@ evaluation:
   holdout: {path: data/holdout.jsonl, metric: exact_match}
 
 # How samples are scored. auto: short measured runs decide between scorers.
-# Methods: exact (the definition, dear), tail (exact on the last layers), calibrated, first_order, random, low_loss ...
+# Methods: exact (the definition, dear), tail (exact on the last layers), calibrated, first_order, random, low_loss,
+# low_loss_by_length (among answers of like length: keeps long, hard ones that low_loss drops) ...
 score:
   method: auto
   warmup_fraction: 0.05
