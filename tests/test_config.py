@@ -166,6 +166,22 @@ def test_a_list_stands_for_a_tuple(load):
     assert load(SMALLEST + "select: {bakeoff_arms: [exact, length]}\n").select.bakeoff_arms == ("exact", "length")
 
 
+@pytest.mark.parametrize(
+    ("method", "select", "raced"),
+    [
+        ("auto", "{}", True),
+        ("auto", "{keep_fraction: 0.5}", True),
+        ("auto", "{keep_fraction: 0.5, bakeoff_arms: [low_loss]}", False),
+        ("auto", "{bakeoff_arms: [low_loss], bakeoff_fractions: [0.5]}", False),
+        ("exact", "{}", True),
+        ("exact", "{bakeoff_fractions: [0.5]}", False),
+        ("exact", "{keep_fraction: 0.5}", False),
+    ],
+)
+def test_a_bakeoff_follows_where_there_is_more_than_one_way_to_select(load, method, select, raced):
+    assert load(SMALLEST + f"score: {{method: {method}}}\nselect: {select}\n").is_raced == raced
+
+
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Select().keep_fraction = 0.5

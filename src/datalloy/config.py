@@ -513,8 +513,10 @@ class Recipe(Section):
 
     @property
     def is_raced(self) -> bool:
-        """Whether a bake-off decides by which score, or how much, to select."""
-        return "auto" in (self.score.method, self.select.keep_fraction)
+        """Whether a bake-off decides by which score, or how much, to select: there is more than one way to do it."""
+        scorers = len(self.select.bakeoff_arms) if self.score.method == "auto" else 1
+        shares = len(self.select.bakeoff_fractions) if self.select.keep_fraction == "auto" else 1
+        return scorers * shares > 1
 
     def dump(self) -> dict[str, Any]:
         """The whole recipe, defaults included, as plain data that `load_recipe` reads back to an equal object."""

@@ -65,8 +65,8 @@ def _bakeoff(outcome: dict[str, Any] | None) -> str:
         heading
         + paragraph(
             f"Each way to select was trained for a few steps at equal compute, {how}. All were judged on target "
-            "items: half by their marks, half by the probability of the right answer (by its metric alone where the "
-            f"target asks for no answer). {outcome['steps_spent']:,} training steps were spent. The winner is "
+            "items: half by their marks, half by the probability of the right answer (a target whose metric reads no "
+            f"written answer, by that metric). {outcome['steps_spent']:,} training steps were spent. The winner is "
             f"<b>{text(arm_in_words(outcome['winner']))}</b>; its margins:"
         )
         + strips(rows, zero=0.0)
