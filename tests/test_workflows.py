@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from datalloy.config import load_recipe
-from datalloy.errors import DataError, LeakageError
+from datalloy.errors import AgreementError, DataError, LeakageError
 from datalloy.run import Run, file_hash
 from datalloy.scores import Scores, read_table
 from datalloy.selection import Selection
@@ -280,6 +280,18 @@ def test_a_short_run_sees_each_sample_as_often_as_the_final_training(recipe_path
     with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
         Workflow(run).select()
     assert sorted(set(seen)) == [(4, 7), (4, 15), (12, 22), (12, 44)]
+
+
+def test_a_score_that_disagrees_is_left_out_of_a_race_and_an_error_where_it_is_the_only_way(recipe_path, tmp_path):
+    """Six probes are too few for `calibrated`, which then refuses."""
+    few = ("select.keep_fraction=0.5", "score.warmup_fraction=0")
+    with Run(load_recipe(recipe_path, (*few, "select.bakeoff_arms=[calibrated, low_loss]")), tmp_path / "two") as run:
+        assert Workflow(run).score().metadata["method"] == "loss"
+    with (
+        Run(load_recipe(recipe_path, (*few, "select.bakeoff_arms=[calibrated]")), tmp_path / "one") as run,
+        pytest.raises(AgreementError, match="probes"),
+    ):
+        Workflow(run).score()
 
 
 def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):
