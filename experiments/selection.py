@@ -291,8 +291,12 @@ def slug(name: str) -> str:
 
 
 def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    everything = bool(set(phases) & {"main", "more"})
-    overrides, run = ((), "run") if everything else ((f"select.bakeoff_arms=[{', '.join(AUTO.bakeoff_arms)}]",), "auto")
+    """Every pass that scores is made in a run folder of its own kind: all of them, those of `auto`, or losses alone."""
+    overrides: tuple[str, ...] = ()
+    run = "run" if {"main", "more"} & set(phases) else "auto" if "auto" in phases else "losses"
+    if run != "run":
+        arms = AUTO.bakeoff_arms if run == "auto" else ("low_loss",)
+        overrides = (f"select.bakeoff_arms=[{', '.join(arms)}]",)
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
         if "auto" in phases:
