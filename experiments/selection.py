@@ -225,9 +225,10 @@ class World:
         def choose() -> dict[str, Any]:
             work = self.workflow
             items = work._judge()
+            kept = work._kept_by_arm(bakeoff.make_arms(AUTO.bakeoff_arms, AUTO.bakeoff_fractions))
             outcome = bakeoff.race(
-                bakeoff.make_arms(AUTO.bakeoff_arms, AUTO.bakeoff_fractions),
-                lambda arm, steps, number: work._run_arm(arm, steps, number, items),
+                list(kept),
+                lambda arm, steps, number: work._run_arm(arm, kept[arm], steps, number, items),
                 base_V=items.values(work._base),
                 weight_V=work._item_weights(items),
                 budget_steps=int(AUTO_EPOCHS * len(work.pool) / BATCH),

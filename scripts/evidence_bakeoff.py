@@ -72,11 +72,11 @@ PARTS = {
         (FULL, RANDOM, *LIKE[1:], *LOW[1:], *OST), best=99, runs=("part", "part")
     ),
     "the same, ties up to two standard errors": Rule(RACED, best=99, nearly_tied=2.0, runs=("part", "part")),
-    "the same, the surest lead": Rule(RACED, runs=("part", "part"), budget=len(RACED) * FINAL_STEPS // 2),
     **{
         f"**{runs} arms once, on half of what each keeps**": Rule(RACED, runs=HALF, budget=runs * FINAL_STEPS // 2)
-        for runs in (2, 3, 4, 5, 7, 10)
+        for runs in (2, 3, 4, 5, 7)  # the budget of nine would pay two rounds
     },
+    "7 arms in short runs on a part, the surest lead": Rule(FORMER, runs=("part", "part"), budget=7 * FINAL_STEPS // 2),
     "4 arms once, plain low loss first": Rule(FORMER, runs=HALF, budget=4 * FINAL_STEPS // 2),
     "4 arms once, near ties to what keeps most": Rule((FULL, *LIKE), best=99, runs=HALF),
     "4 arms once, ties up to two standard errors": Rule((FULL, *LIKE), best=99, nearly_tied=2.0, runs=HALF),

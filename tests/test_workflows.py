@@ -282,6 +282,16 @@ def test_a_short_run_sees_each_sample_as_often_as_the_final_training(recipe_path
     assert sorted(set(seen)) == [(4, 7), (4, 15), (12, 22), (12, 44)]
 
 
+def test_the_bakeoff_does_not_train_twice_on_the_same_samples(recipe_path, tmp_path, monkeypatch):
+    """Domains of 24 and 20 samples are one stratum of length each, so low loss by length keeps what low loss keeps."""
+    monkeypatch.setattr("datalloy.workflows.train", lambda vlm, encoded, settings, out, steps: None)
+    overrides = ("select.bakeoff_arms=[low_loss, low_loss_by_length, high_loss]", "score.warmup_fraction=0")
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        Workflow(run).select()
+        results = json.loads(run.path("bakeoff.json").read_bytes())["results"]
+    assert {row["arm"]["scorer"] for row in results} == {"full", "random", "low_loss", "high_loss"}
+
+
 def test_a_score_that_disagrees_is_left_out_of_a_race_and_an_error_where_it_is_the_only_way(recipe_path, tmp_path):
     """Six probes are too few for `calibrated`, which then refuses."""
     few = ("select.keep_fraction=0.5", "score.warmup_fraction=0")

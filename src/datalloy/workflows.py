@@ -485,12 +485,12 @@ class Workflow:
         fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
         if len(methods) == 1 and len(fractions) == 1:
             return bakeoff.Arm(methods[0], fractions[0], settings.within), None
-        arms = bakeoff.make_arms(methods, fractions, settings.within)
+        kept = self._kept_by_arm(bakeoff.make_arms(methods, fractions, settings.within))
         items = self._judge()
         batch = self.recipe.train.batch_size
         outcome = bakeoff.race(
-            arms,
-            lambda arm, steps, number: self._run_arm(arm, steps, number, items),
+            list(kept),
+            lambda arm, steps, number: self._run_arm(arm, kept[arm], steps, number, items),
             base_V=items.values(self._proxy_base),
             weight_V=self._item_weights(items),
             budget_steps=int(settings.bakeoff_epochs * len(self.pool) / batch),
@@ -509,6 +509,22 @@ class Workflow:
             )
         return outcome.winner, asdict(outcome)
 
+    def _kept_by_arm(self, arms: Sequence[bakeoff.Arm]) -> dict[bakeoff.Arm, np.ndarray]:
+        """What each arm keeps, [N] bool, without arms that keep just what an earlier one keeps.
+
+        So keep low loss by length and low loss where all lengths are equal.
+        """
+        found: dict[bakeoff.Arm, np.ndarray] = {}
+        for arm in arms:
+            selection = self.selection_of(arm)
+            self._check_order(selection.table)
+            twin = next((other for other, kept_N in found.items() if np.array_equal(kept_N, selection.kept)), None)
+            if twin is None:
+                found[arm] = selection.kept
+            else:
+                log.info("bake-off: %s is left out, it keeps what %s keeps", arm.name, twin.name)
+        return found
+
     def _judge(self) -> JudgedItems:
         """The target items that arms are judged on."""
         samples = self._target_items("judge")
@@ -520,11 +536,11 @@ class Workflow:
         weight_G = np.array([self.recipe.targets[name].weight for name in items.names])
         return item_weights(weight_G / weight_G.sum(), items.target_V)
 
-    def _run_arm(self, arm: bakeoff.Arm, steps: int, number: int, items: JudgedItems) -> np.ndarray:
+    def _run_arm(self, arm: bakeoff.Arm, kept_N: np.ndarray, steps: int, number: int, items: JudgedItems) -> np.ndarray:
         def measure() -> dict[str, Any]:
             log.info("bake-off round %d: %s, %d steps", number, arm.name, steps)
             vlm = self._proxy_base.copy()
-            part = self._part_for(self._kept_indices(self.selection_of(arm)), steps)
+            part = self._part_for(np.flatnonzero(kept_N).tolist(), steps)
             train(vlm, self._encoded_pool.pick(part), self._train_settings(), None, steps=steps)
             return {"steps": steps, "values": items.values(vlm).tolist()}
 
