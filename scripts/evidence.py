@@ -23,6 +23,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "gains": lambda base, fraction, over: evidence_selection.gains(base, float(fraction), over),
     "fractions": evidence_selection.fractions,
     "like_lengths": evidence_selection.like_lengths,
+    "later_pools": evidence_selection.later_pools,
     "fast": evidence_selection.fast,
     "variants": evidence_selection.variants,
     "put_back": evidence_selection.put_back,

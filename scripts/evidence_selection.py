@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,25 @@ def like_lengths(base: str) -> str:
             if any(cells):
                 rows.append([f"{NAMES[scorer]} {fraction:.0%}", *cells])
     return table(headed("among answers of like length, minus inside the domain", base), rows)
+
+
+def later_pools(base: str) -> str:
+    """Pools drawn after the rules were settled: accuracy by pool of some arms, and what `auto` gains on each."""
+    paths = sorted((RESULTS / "later_pools").glob(f"*-{base}-*.json"))
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    auto = by_pool(row for row in found if row["scorer"] == "auto")
+    rows = []
+    for scorer, fraction in (
+        *(("base", None), ("full", None), ("oracle", None), ("random", 0.5), ("judge", 0.5)),
+        *product(("low_loss", "low_loss_by_length"), (0.2, 0.5, 0.65, 0.8)),
+        ("auto", None),
+    ):
+        pools = by_pool(r for r in found if r["scorer"] == scorer and fraction in (None, r["fraction"]))
+        label = NAMES[scorer] + (f" {fraction:.0%}" if fraction else "")
+        over = "" if scorer == "auto" else difference(auto, pools)
+        rows.append([label, *(f"{pools[seed].mean():.3f}" for seed in sorted(pools)), mean_of(pools), over])
+    head = [f"{world}, pool {seed}" for world, seed in sorted({(row["world"], row["seed"]) for row in found})]
+    return table(["trained on", *head, "mean", "auto minus it"], rows)
 
 
 def fast(base: str) -> str:
