@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def run_seed(data: Path, runs: Path, seed: int, overrides: Sequence[str], arms: 
         print(write_report(run.folder))
         facts = RunFacts(run.folder)
         gains = {name: facts.gain(name) for name in ("base", *compared)}
+        pairs = {f"{of} minus {over}": facts.gain(over, of) for of, over in permutations(compared, 2)}
         models = {"base": status["metrics"]["base"], "auto": status["metrics"]["model"]}
         models |= {name: row["sets"] for name, row in compared.items()}
         return {
@@ -76,6 +78,7 @@ def run_seed(data: Path, runs: Path, seed: int, overrides: Sequence[str], arms: 
             "agreement_with_exact": scores.metadata.get("agreement_with_exact"),  # none where only losses were needed
             "models": models,
             "gains of auto": {over: {"mean": g.mean, "interval": list(g.interval)} for over, g in gains.items()},
+            "differences": {pair: {"mean": g.mean, "interval": list(g.interval)} for pair, g in pairs.items()},
         }
 
 

@@ -487,6 +487,14 @@ def test_runs_are_called_by_what_tells_them_apart(side_by_side):
         named(first, first)
 
 
+def test_a_gain_of_any_model_over_another_is_the_reverse_of_the_others_gain(tmp_path):
+    facts = RunFacts(finish_run(tmp_path))
+    gain, reverse = facts.gain("base"), facts.gain(facts.advised, of="base")
+    assert gain.mean != 0
+    assert reverse.mean == -gain.mean
+    assert reverse.interval == pytest.approx((-gain.interval[1], -gain.interval[0]))
+
+
 def test_a_loss_that_falls_is_a_gain(tmp_path):
     folder = finish_run(tmp_path)
     facts = RunFacts(folder)

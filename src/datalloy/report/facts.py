@@ -246,10 +246,10 @@ class RunFacts:
         drawn_RG, mean_G = self._marks[model or self.advised]
         return Estimate(float(mean_G.mean()), self._interval(drawn_RG.mean(axis=1)), self.judged_items)
 
-    def gain(self, over: str) -> Estimate:
-        """How much better the advised model does than `over` on the same items; a fall of the loss is a gain."""
+    def gain(self, over: str, of: str | None = None) -> Estimate:
+        """How much better `of` (None: the advised model) does than `over` on the same items; less loss is a gain."""
         sign_G = np.array([1.0 if higher_is_better(self._metric(name)) else -1.0 for name in self.judged_on])
-        (drawn_RG, mean_G), (other_RG, other_G) = self._marks[self.advised], self._marks[over]
+        (drawn_RG, mean_G), (other_RG, other_G) = self._marks[of or self.advised], self._marks[over]
         mean = float(((mean_G - other_G) * sign_G).mean())
         return Estimate(mean, self._interval(((drawn_RG - other_RG) * sign_G).mean(axis=1)), self.judged_items)
 
