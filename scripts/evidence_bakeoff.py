@@ -44,7 +44,8 @@ class Rule:
 
 
 FORMER = (FULL, RANDOM, *LOW, *OST)  # what the default recipe raced before answers of like length were compared
-RACED = (FULL, RANDOM, *LIKE, *LOW, *OST)
+RACED = (FULL, RANDOM, *LOW, *LIKE, *OST)
+BY_LENGTH_FIRST = (FULL, RANDOM, *LIKE, *LOW, *OST)
 RULES = {
     "full SFT always": Rule((FULL,)),
     "low loss 80 % always": Rule(LOW[2:]),
@@ -77,9 +78,12 @@ PARTS = {
         for runs in (2, 3, 4, 5, 7)  # the budget of nine would pay two rounds
     },
     "7 arms in short runs on a part, the surest lead": Rule(FORMER, runs=("part", "part"), budget=7 * FINAL_STEPS // 2),
-    "4 arms once, plain low loss first": Rule(FORMER, runs=HALF, budget=4 * FINAL_STEPS // 2),
-    "4 arms once, near ties to what keeps most": Rule((FULL, *LIKE), best=99, runs=HALF),
-    "4 arms once, ties up to two standard errors": Rule((FULL, *LIKE), best=99, nearly_tied=2.0, runs=HALF),
+    **{
+        f"{runs} arms once, low loss by length first": Rule(BY_LENGTH_FIRST, runs=HALF, budget=runs * FINAL_STEPS // 2)
+        for runs in (3, 4, 5)
+    },
+    "4 arms once, near ties to what keeps most": Rule((FULL, *LOW), best=99, runs=HALF),
+    "4 arms once, ties up to two standard errors": Rule((FULL, *LOW), best=99, nearly_tied=2.0, runs=HALF),
     "the first round on all, the second as long as the final training": Rule(RACED),
     "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
     "the same without low loss by length": Rule(FORMER, runs=("part", "long")),
