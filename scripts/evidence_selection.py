@@ -122,24 +122,15 @@ def fractions(base: str) -> str:
 
 
 def like_lengths(base: str) -> str:
-    """Ranked among answers of like length minus ranked inside domains, by low loss and by OST's calibrated utility."""
-    paths = sorted((RESULTS / "like_lengths").glob(f"*-{base}-*.json"))
-    more = [row for path in paths for row in json.loads(path.read_text())["rows"]]
-
-    def by_length(world: str, scorer: str, fraction: float) -> Pools:
-        name = f"{scorer}_by_length"
-        wanted = (world, name, fraction)
-        found = by_pool(row for row in more if (row["world"], row["scorer"], row["fraction"]) == wanted)
-        return found or runs(base, world, name, fraction)
-
+    """Low loss ranked among answers of like length minus low loss ranked inside domains, paired."""
     rows = []
-    for scorer in ("low_loss", "calibrated"):
-        for fraction in (0.2, 0.5, 0.65, 0.8):
-            pairs = [(by_length(w, scorer, fraction), runs(base, w, scorer, fraction)) for w in worlds(base)]
-            cells = [difference(*pair) for pair in pairs]
-            if any(cells):
-                rows.append([f"{NAMES[scorer]} {fraction:.0%}", *cells])
-    return table(headed("among answers of like length, minus inside the domain", base), rows)
+    for fraction in (0.2, 0.5, 0.65, 0.8):
+        cells = [
+            difference(runs(base, w, "low_loss_by_length", fraction), runs(base, w, "low_loss", fraction))
+            for w in worlds(base)
+        ]
+        rows.append([f"{fraction:.0%}", *cells])
+    return table(headed("kept", base), rows)
 
 
 def later_pools(base: str) -> str:
