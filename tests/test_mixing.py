@@ -222,9 +222,9 @@ def test_a_dry_run_counts_experts_candidates_and_real_runs(recipe_path):
     assert operations["verify"] > 4 * operations["train"]
 
 
-@pytest.mark.parametrize(("epochs", "runs"), [(50, 13), (5, 2)])
+@pytest.mark.parametrize(("epochs", "runs"), [(50, 16), (5, 2)])
 def test_a_dry_run_counts_the_short_models_of_a_bake_off(epochs, runs, recipe_path):
-    """Eight arms and five finalists where two rounds can be paid, else as few as can be; half of the items judge."""
+    """Eleven arms and five finalists where two rounds can be paid, else as few as can be; half of the items judge."""
     auto = ("score.method=auto", "select.keep_fraction=auto", "train.samples=960")
     raced = load_recipe(recipe_path, [*auto, f"select.bakeoff_epochs={epochs}"])
     stages = {line.split()[0]: line for line in estimate(raced) if " MB" in line}
