@@ -8,7 +8,8 @@ In every world the pool is scored by every method; the base (bases.py) is traine
 equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
 held-out questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
-over near-copies. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
+over near-copies; `calibrated diverse` spreads what calibrated keeps, `calibrated by length` ranks it within strata of
+answer length. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few` and `by length` need losses alone. `auto` is the bake-off of the default recipe; its row
 says what it chose and what it cost. Resumable: what has a record in --runs is not computed again, and rows are gathered
 from the records; rows of phases that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes
@@ -116,6 +117,8 @@ class Job:
 def jobs(phase: str) -> Iterator[Job]:
     if phase == "by length":
         yield from (Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+    elif phase == "OST by length":
+        yield from (Job("calibrated by length", fraction) for fraction in (0.2, 0.5, 0.8))
     elif phase == "few":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("judge", 0.5), Job("judge", 0.2))
         yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
@@ -134,7 +137,7 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
-PHASES = ("main", "more", "by length", "few")
+PHASES = ("main", "more", "by length", "OST by length", "few")
 
 
 class World:
@@ -175,14 +178,14 @@ class World:
         if job.scorer in PUT_BACK:
             return self.put_back(job)
         settings = self.run.recipe.select.model_copy(update={"within": job.within})
-        scorer, _, diverse = job.scorer.partition(" ")
-        if diverse:
+        scorer, _, variant = job.scorer.partition(" ")
+        if variant == "diverse":
             settings = settings.model_copy(update={"diversity": "facility_location"})
         elif scorer == "deita":
             settings = settings.model_copy(update={"diversity": "threshold"})
         scores = self.scores(scorer, job.draw)
         directions_ND = None if settings.diversity == "off" else self.workflow._directions_ND
-        normalised = self.run.recipe.score.length_normalised
+        normalised = variant == "by length" or self.run.recipe.score.length_normalised
         kept = select(scores, settings, fraction=job.fraction, direction_ND=directions_ND, length_normalised=normalised)
         return self.workflow._kept_indices(kept)
 
@@ -294,7 +297,8 @@ def slug(name: str) -> str:
 def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """Every pass that scores is made in a run folder of its own kind: all of them, those of `auto`, or losses alone."""
     overrides: tuple[str, ...] = ()
-    run = "run" if {"main", "more"} & set(phases) else "auto" if "auto" in phases else "losses"
+    asked = set(phases)
+    run = "run" if asked & {"main", "more"} else "auto" if asked & {"auto", "OST by length"} else "losses"
     if run != "run":
         arms = AUTO.bakeoff_arms if run == "auto" else ("low_loss",)
         overrides = (f"select.bakeoff_arms=[{', '.join(arms)}]",)
