@@ -10,12 +10,13 @@ questions the long one answers rightly. Rules are then compared on the rows alon
 would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
 selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
 
-With `--by-length` the arms are low loss within strata of answer length, in files of their own; only losses are scored.
+With `--scorer` the arms are those of one scorer that needs no probes, in files of their own.
 
 With `--items` so many further items of each target judge, drawn for it and seen by nothing else, and only the arms of
 the default race are trained: what would more target items be worth? Three minutes a pool and seed.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,10 +45,13 @@ ARMS = (
     *(Job("calibrated", fraction) for fraction in (0.5, 0.8)),
     *(Job("less", fraction) for fraction in (0.2, 0.5)),
 )
-BY_LENGTH = tuple(Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-RACED = tuple(job for job in (*ARMS, *BY_LENGTH) if job.scorer != "less" and job.fraction != 0.65)
-# a bake-off without probes, that keeps half of the target items for judging
-ONLY_LOSSES = ("select.bakeoff_arms=[low_loss]",)
+ALONE = {
+    scorer: tuple(Job(scorer, fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+    for scorer in ("low_loss_by_length", "visual_gain")
+}
+RACED = tuple(
+    job for job in (*ARMS, *itertools.chain(*ALONE.values())) if job.scorer != "less" and job.fraction != 0.65
+)
 
 
 def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
@@ -81,18 +85,15 @@ def further_items(name: str, seed: int, count: int, folder: Path) -> dict[str, l
 
 
 def run_world(
-    name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path, further: int | None, by_length: bool
+    name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path, further: int | None, scorer: str | None
 ) -> dict[str, Any]:
-    opened = (
-        open_world(name, base, seed, folder, ONLY_LOSSES, "losses")
-        if by_length
-        else open_world(name, base, seed, folder)
-    )
-    with opened as world:
+    # a bake-off, which keeps half of the target items for judging, but without probes
+    where = ((f"select.bakeoff_arms=[{scorer}]",), scorer) if scorer else ((), "run")
+    with open_world(name, base, seed, folder, *where) as world:
         work = world.workflow
         judges = {sample.id for samples in work._target_items("judge").values() for sample in samples}
         targets: Mapping[str, Sequence[Sample]] = work.targets
-        arms, unit = BY_LENGTH if by_length else ARMS, "rules"
+        arms, unit = ALONE[scorer] if scorer else ARMS, "rules"
         if further is not None:
             targets = further_items(name, seed, further, folder)
             judges = {sample.id for samples in targets.values() for sample in samples}
@@ -126,12 +127,12 @@ def main() -> None:
     parser = worlds_parser(__doc__, "bakeoff_rules")
     parser.add_argument("--train-seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--items", type=int, help="further items of each target that judge in the place of its own")
-    parser.add_argument("--by-length", action="store_true", help="low loss within strata of answer length")
+    parser.add_argument("--scorer", choices=list(ALONE), help="these arms alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items, args.by_length)
-        parts = [place, *(["by-length"] if args.by_length else []), *([f"{args.items}-items"] if args.items else [])]
+        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items, args.scorer)
+        parts = [place, *([args.scorer] if args.scorer else []), *([f"{args.items}-items"] if args.items else [])]
         write_json(args.out / f"{'-'.join(parts)}.json", found)
         rows = found["rows"]
         print(place, [(r["scorer"], r["fraction"], round(r["accuracy"], 3)) for r in rows], flush=True)

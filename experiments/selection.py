@@ -9,11 +9,12 @@ equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for 
 held-out questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps, `calibrated by length` ranks it within strata of
-answer length. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few` and `by length` need losses alone. `auto` is the bake-off of the default recipe; its row
-says what it chose and what it cost. Resumable: what has a record in --runs is not computed again, and rows are gathered
-from the records; rows of phases that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes
-of scoring a world, 2 of `auto`. `scripts/evidence.py` makes the tables of docs/evidence.md from the rows.
+answer length; `visual_gain mean` is visual gain as its paper has it, over tokens. `put back` trains on the half that
+exact utility prefers and a fifth of the pool besides: the worst or a random one of the rest. `few` and `by length` need
+losses alone, `visual gain` two of them. `auto` is the bake-off of the default recipe; its row says what it chose and
+what it cost. Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows
+of phases that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of
+`auto`. `scripts/evidence.py` makes the tables of docs/evidence.md from the rows.
 """
 
 import argparse
@@ -72,6 +73,7 @@ WORLDS: dict[str, PoolPlan] = {
     "wrong 10 %": plan({"wrong_answer": 0.1}),
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
+SCORERS = (*UTILITIES, "visual_gain")  # with a pass of their own
 BASELINES = ("low_loss", "low_loss_by_length", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
@@ -92,7 +94,7 @@ evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
 score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
-select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less], seed: {seed}}}
+select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain], seed: {seed}}}
 train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
 leakage: {{on_leak: allow}}
@@ -117,6 +119,9 @@ class Job:
 def jobs(phase: str) -> Iterator[Job]:
     if phase == "by length":
         yield from (Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+    elif phase == "visual gain":
+        yield from (Job("visual_gain", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+        yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
     elif phase == "OST by length":
         yield from (Job("calibrated by length", fraction) for fraction in (0.2, 0.5, 0.8))
     elif phase == "few":
@@ -137,7 +142,7 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
-PHASES = ("main", "more", "by length", "OST by length", "few")
+PHASES = ("main", "more", "by length", "visual gain", "OST by length", "few")
 
 
 class World:
@@ -151,7 +156,7 @@ class World:
         self.hard_N = np.array([self.truth[s.id]["hard"] for s in self.workflow.pool])
 
     def scores(self, scorer: str, draw: int = 0) -> Scores:
-        if scorer in (*UTILITIES, *BASELINES):
+        if scorer in (*SCORERS, *BASELINES):
             return self.workflow.scores_by(scorer)
         rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
@@ -184,6 +189,8 @@ class World:
         elif scorer == "deita":
             settings = settings.model_copy(update={"diversity": "threshold"})
         scores = self.scores(scorer, job.draw)
+        if variant == "mean":
+            scores = scores.with_utility(scores.utility / scores.supervised_tokens, scores.state, scores.metadata)
         directions_ND = None if settings.diversity == "off" else self.workflow._directions_ND
         normalised = variant == "by length" or self.run.recipe.score.length_normalised
         kept = select(scores, settings, fraction=job.fraction, direction_ND=directions_ND, length_normalised=normalised)
@@ -251,10 +258,10 @@ class World:
         spent = {"chose": row["scorer"], "race_steps": chosen["steps_spent"], "over_base": chosen["over_base"]}
         return {**row, **spent, "scorer": "auto"}
 
-    def agreements(self) -> dict[str, float | None]:
-        """The AUC of every score for clean against faulty, over the whole pool and for hard clean samples."""
+    def agreements(self, scorers: Sequence[str]) -> dict[str, float | None]:
+        """The AUC of scores for clean against faulty, over the whole pool and for hard clean samples."""
         found = {}
-        for name in (*UTILITIES, "low_loss"):
+        for name in scorers:
             found[f"auc {name}"] = auc(self.scores(name).utility, self.is_clean_N)
             found[f"auc {name}, hard"] = auc(self.scores(name).utility, self.is_clean_N, self.hard_N)
         return found
@@ -298,16 +305,19 @@ def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Pa
     """Every pass that scores is made in a run folder of its own kind: all of them, those of `auto`, or losses alone."""
     overrides: tuple[str, ...] = ()
     asked = set(phases)
-    run = "run" if asked & {"main", "more"} else "auto" if asked & {"auto", "OST by length"} else "losses"
-    if run != "run":
-        arms = AUTO.bakeoff_arms if run == "auto" else ("low_loss",)
+    run = "run"
+    if not asked & {"main", "more"}:
+        run = "auto" if asked & {"auto", "OST by length"} else "visual-gain" if "visual gain" in asked else "losses"
+        arms = {"auto": AUTO.bakeoff_arms, "visual-gain": ("visual_gain",), "losses": ("low_loss",)}[run]
         overrides = (f"select.bakeoff_arms=[{', '.join(arms)}]",)
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
         if "auto" in phases:
             rows.append(world.auto())
         if "main" in phases:  # of the pool, not of a model; they stand with the first
-            rows[0] |= {"agreements": world.agreements(), "score_seconds": world.score_seconds()}
+            rows[0] |= {"agreements": world.agreements((*SCORERS, "low_loss")), "score_seconds": world.score_seconds()}
+        elif "visual gain" in asked:
+            rows[0] |= {"agreements": world.agreements(["visual_gain"])}
         return rows
 
 

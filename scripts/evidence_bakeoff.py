@@ -17,7 +17,7 @@ from evidence_tables import table
 RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
 FURTHER = "-items.json"  # how the names of results end where further items judge
-BY_LENGTH = "-by-length.json"  # and where they hold more arms of the pool of that name
+ALONE = ("low_loss_by_length", "visual_gain")  # and where they hold the arms of one scorer
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
@@ -104,8 +104,10 @@ class Pool:
     @classmethod
     def read(cls, path: Path) -> "Pool":
         found = json.loads(path.read_text())
-        more = path.with_name(path.stem + BY_LENGTH)
-        rows = [*found["rows"], *(json.loads(more.read_text())["rows"] if more.exists() else [])]
+        rows = found["rows"]
+        for scorer in ALONE:
+            more = path.with_name(f"{path.stem}-{scorer}.json")
+            rows += json.loads(more.read_text())["rows"] if more.exists() else []
         values: dict[tuple[int, Arm, str], np.ndarray] = {}
         accuracy = {}
         for row in rows:
@@ -158,7 +160,7 @@ class Pool:
 def read_pools(*, further: bool = False) -> list[Pool]:
     """Those judged by the targets' own items, or those judged by further ones."""
     paths = sorted((RESULTS / "bakeoff_rules").glob("*.json"))
-    whole = [path for path in paths if not path.name.endswith(BY_LENGTH)]
+    whole = [path for path in paths if not path.stem.endswith(ALONE)]
     return [Pool.read(path) for path in whole if path.name.endswith(FURTHER) == further]
 
 

@@ -55,6 +55,7 @@ ScorerName = Literal[
     "first_order_hooks",
     "less",
     "calibrated",
+    "visual_gain",
     "deita",
     "judge",
     "random",

@@ -71,7 +71,7 @@ def _stages(
     seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
     yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
-    if set(methods) - {*scorers.BASELINES, *scorers.RATERS}:
+    if set(methods) - {*scorers.BASELINES, *scorers.WITHOUT_PROBES}:
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         yield StageCost(
@@ -89,6 +89,7 @@ def _stages(
             # the proxy's loss and two ratings of a turn; raters of other sizes are not counted
             "deita": 3 * pool * forward,
             "judge": pool * forward,  # here; the judge computes elsewhere
+            "visual_gain": 2 * pool * forward,
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")

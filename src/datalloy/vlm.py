@@ -54,6 +54,7 @@ from datalloy.vision_features import VisionFeatures
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a position that does not enter the loss
+GREY = 1 / 128  # near the middle of what processors scale pixels to; zeros are padding to some families (Idefics3)
 
 # What a processor is made of. `save` copies these files as they are, so the settings for video, unused here, stay.
 PROCESSOR_FILES = (
@@ -164,6 +165,15 @@ class Encoded:
     def supervised_tokens(self) -> int:
         """Positions that enter the loss, counted after the shift by one."""
         return int((self.labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(tensor.is_floating_point() for tensor in self.inputs.values())
+
+    def without_pictures(self) -> "Encoded":
+        """The same tokens, with plain grey in the place of every picture."""
+        grey = {name: torch.full_like(t, GREY) for name, t in self.inputs.items() if t.is_floating_point()}
+        return Encoded(self.inputs | grey, self.labels)
 
 
 class TokenCounts(NamedTuple):

@@ -200,10 +200,14 @@ class Workflow:
 
     @property
     def _methods(self) -> list[str]:
-        """Scorers that need a pass of their own; the baselines follow from the columns of any table."""
+        """Scorers that need a pass of their own; the baselines follow from the columns of any table.
+
+        Those that know the targets come first: the first table is the run's.
+        """
         method = self.recipe.score.method
         wanted: Sequence[str] = self.recipe.select.bakeoff_arms if method == "auto" else (method,)
         passes = [method for method in wanted if method not in scorers.BASELINES]
+        passes.sort(key=lambda method: method in scorers.WITHOUT_PROBES)
         return passes or (["lengths"] if set(wanted) <= scorers.WITHOUT_MODEL else ["loss"])
 
     def _table(self, method: str) -> Scores:
@@ -245,7 +249,7 @@ class Workflow:
     def _prepare_scoring(self, method: str) -> None:
         """What all shards need and one process has to make: the tuned proxy and the probes."""
         self.warm_up()
-        if method not in ("loss", *scorers.RATERS):
+        if method not in scorers.WITHOUT_PROBES:
             _ = self._probing
 
     def _score_shard(self, unit: Unit, coming: Unit | None) -> None:
@@ -261,7 +265,7 @@ class Workflow:
         self.run.commit(unit.name, [path], {"seconds": time.monotonic() - started})
 
     def _scorer(self, method: str) -> scorers.Scorer:
-        probing = None if method in ("loss", *scorers.RATERS) else self._probing
+        probing = None if method in scorers.WITHOUT_PROBES else self._probing
         return scorers.prepare(method, self._scoring_inputs, probing, self._encoded_probes)
 
     def _rater(self, method: str) -> scorers.Rater:
@@ -397,7 +401,7 @@ class Workflow:
             judge = self._judge_rater()
             judge.write_details(self.run.path("judge.parquet"), self.pool)
             return {"method": method, "signed": False, "judge": judge.account(self.pool)}
-        if method in ("loss", *scorers.RATERS):
+        if method in scorers.WITHOUT_PROBES:
             return {"method": method, "signed": False}
         scorer = self._scorer(method)
         agreement = scorers.agreement_with_exact(scorer, self._probing, self._encoded_probes, self.recipe.score.seed)

@@ -2,8 +2,9 @@
 
 The family of scorers: `exact` (the definition), `tail` (exact on the last layers), `calibrated` (cheap features
 fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), `less` (cosines
-of gradients), and the baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all.
-Raters (`deita`, `judge`) read samples instead of measuring them and give `Ratings`.
+of gradients), `visual_gain` (what the pictures tell about the answers), and the baselines. All give a `ScoreBlock` for
+a list of encoded samples; higher is better in all. Raters (`deita`, `judge`) read samples instead of measuring them and
+give `Ratings`.
 """
 
 import itertools
@@ -30,6 +31,7 @@ from datalloy.scorers.rating import Rater, Ratings
 from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
 from datalloy.scorers.tail import TailScorer
 from datalloy.scorers.taps import Taps
+from datalloy.scorers.visual_gain import VisualGainScorer
 from datalloy.target_items import TargetItems
 from datalloy.uncertainty import rank_agreement, rank_agreement_interval
 from datalloy.vlm import VLM, Encoded
@@ -41,6 +43,7 @@ __all__ = [
     "RATERS",
     "SCAN_PROBES",
     "WITHOUT_MODEL",
+    "WITHOUT_PROBES",
     "WITHOUT_STEP",
     "DeitaRater",
     "JudgeRater",
@@ -63,6 +66,7 @@ RATERS = (
     "deita",
     "judge",
 )  # methods that read samples; what the proxy's forward pass gives stands beside their ratings
+WITHOUT_PROBES = ("loss", "visual_gain", *RATERS)  # know no target: what they say is not held against exact utility
 WITHOUT_STEP = ("first_order", "first_order_hooks", "less")  # of no finite step, so harm begins at zero
 HARM_QUANTILE = 0.05  # of the target items' own utilities: a sample below it is worse than clean samples are
 
@@ -149,9 +153,10 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
 def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes: Sequence[Encoded]) -> Scorer:
     """The scorer named `method`. `probing` is needed by all but the baselines."""
     settings, vlm, items = inputs.settings, inputs.vlm, inputs.items
-    if method in ("loss", *BASELINES, *RATERS) or probing is None:
+    if method in (*WITHOUT_PROBES, *BASELINES) or probing is None:
+        forward = VisualGainScorer if method == "visual_gain" else LossScorer
         targets, size = len(items.names), settings.batch_size
-        return LossScorer(vlm, targets=targets, batch_size=size, precision=settings.precision)
+        return forward(vlm, targets=targets, batch_size=size, precision=settings.precision)
     if method == "tail":
         return _tail(inputs, probing.steps["tail"])
     step = probing.steps["exact"]

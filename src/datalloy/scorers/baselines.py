@@ -90,9 +90,13 @@ class LossScorer:
     def __init__(self, vlm: VLM, *, targets: int, batch_size: int, precision: Precision = "float32") -> None:
         self.vlm, self.targets, self.batch_size, self.precision = vlm, targets, batch_size, precision
 
-    def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
+    def losses(self, samples: Sequence[Encoded]) -> np.ndarray:
+        """Losses of the samples, [N], nats per token."""
         batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         with torch.no_grad(), self.vlm.autocast(self.precision):
-            losses = np.concatenate([self.vlm.losses(self.vlm.collate(b)).cpu().double().numpy() for b in batches])
+            return np.array([x for b in batches for x in self.vlm.losses(self.vlm.collate(b)).cpu().double().tolist()])
+
+    def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         zeros = np.zeros(len(samples))
-        return ScoreBlock(losses, np.zeros((len(samples), self.targets)), zeros, np.full(len(samples), np.nan))
+        nothing_NG = np.zeros((len(samples), self.targets))
+        return ScoreBlock(self.losses(samples), nothing_NG, zeros, np.full(len(samples), np.nan))
