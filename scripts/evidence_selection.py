@@ -18,6 +18,8 @@ NAMES = {
     "oracle": "oracle: clean samples only",
     "low_loss": "low loss",
     "low_loss_by_length": "low loss by length",
+    "visual_gain": "visual gain",
+    "visual_gain mean": "visual gain, mean over tokens",
     "mid_loss": "mid loss",
     "high_loss": "high loss",
     "length": "long answers",
@@ -28,16 +30,19 @@ NAMES = {
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
     "calibrated diverse": "OST, calibrated, diverse",
+    "calibrated by length": "OST, calibrated, by length",
     "tail": "OST, tail",
     "random": "random",
     "put back worst": "exact 50 % and the worst fifth",
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
 }
+FORWARD = ("low_loss", "low_loss_by_length", "visual_gain")  # need no gradients
 WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
 COMPARED = (
-    *("exact", "calibrated", "calibrated diverse", "tail", "low_loss", "low_loss_by_length", "mid_loss", "high_loss"),
-    *("length", "first_order", "less", "deita", "judge", "random", "auto"),
+    *("exact", "calibrated", "calibrated diverse", "calibrated by length", "tail"),
+    *("low_loss", "low_loss_by_length", "visual_gain", "mid_loss", "high_loss", "length"),
+    *("first_order", "less", "deita", "judge", "random", "auto"),
 )
 Row = dict[str, Any]
 Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
@@ -112,7 +117,7 @@ def gains(base: str, fraction: float, over: str) -> str:
 def fractions(base: str) -> str:
     """Accuracy by share kept: how the best share moves with the noise."""
     rows = []
-    for scorer in ("exact", "calibrated", "low_loss", "low_loss_by_length", "random"):
+    for scorer in ("exact", "calibrated", "calibrated by length", *FORWARD, "random"):
         for fraction in (0.1, 0.2, 0.5, 0.65, 0.8):
             found = [runs(base, world, scorer, fraction) for world in worlds(base)]
             if any(found):
@@ -122,34 +127,44 @@ def fractions(base: str) -> str:
 
 
 def like_lengths(base: str) -> str:
-    """Low loss ranked among answers of like length minus low loss ranked inside domains, paired."""
+    """Ranked among answers of like length minus ranked inside domains, and visual gain minus both losses, paired."""
     rows = []
-    for fraction in (0.2, 0.5, 0.65, 0.8):
-        cells = [
-            difference(runs(base, w, "low_loss_by_length", fraction), runs(base, w, "low_loss", fraction))
-            for w in worlds(base)
-        ]
-        rows.append([f"{fraction:.0%}", *cells])
+    for scorer, over in (
+        ("low_loss_by_length", "low_loss"),
+        ("visual_gain", "low_loss"),
+        ("visual_gain", "low_loss_by_length"),
+        ("calibrated by length", "calibrated"),
+        ("calibrated by length", "low_loss_by_length"),
+    ):
+        for fraction in (0.2, 0.5, 0.65, 0.8):
+            cells = [difference(runs(base, w, scorer, fraction), runs(base, w, over, fraction)) for w in worlds(base)]
+            if any(cells):
+                rows.append([f"{NAMES[scorer]} minus {NAMES[over]}, {fraction:.0%}", *cells])
     return table(headed("kept", base), rows)
 
 
 def later_pools(base: str) -> str:
-    """Pools drawn after the rules were settled: accuracy by pool of some arms, and what `auto` gains on each."""
+    """Pools drawn after the rules were settled: by world the accuracy of some arms, and what `auto` gains on each."""
     paths = sorted((RESULTS / "later_pools").glob(f"*-{base}-*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
-    auto = by_pool(row for row in found if row["scorer"] == "auto")
+    found: dict[str, list[Row]] = {}
+    for row in (row for path in paths for row in json.loads(path.read_text())["rows"]):
+        found.setdefault(row["world"], []).append(row)
     rows = []
     for scorer, fraction in (
         *(("base", None), ("full", None), ("oracle", None), ("random", 0.5), ("judge", 0.5)),
-        *product(("low_loss", "low_loss_by_length"), (0.2, 0.5, 0.65, 0.8)),
+        *product(FORWARD, (0.2, 0.5, 0.65, 0.8)),
         ("auto", None),
     ):
-        pools = by_pool(r for r in found if r["scorer"] == scorer and fraction in (None, r["fraction"]))
-        label = NAMES[scorer] + (f" {fraction:.0%}" if fraction else "")
-        over = "" if scorer == "auto" else difference(auto, pools)
-        rows.append([label, *(f"{pools[seed].mean():.3f}" for seed in sorted(pools)), mean_of(pools), over])
-    head = [f"{world}, pool {seed}" for world, seed in sorted({(row["world"], row["seed"]) for row in found})]
-    return table(["trained on", *head, "mean", "auto minus it"], rows)
+        cells = []
+        for same in found.values():
+            pools = by_pool(r for r in same if r["scorer"] == scorer and fraction in (None, r["fraction"]))
+            auto = by_pool(r for r in same if r["scorer"] == "auto")
+            cells += [mean_of(pools), "" if scorer == "auto" else difference(auto, pools)]
+        rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
+    pools_of = {world: len({row["seed"] for row in same}) for world, same in found.items()}
+    return table(
+        ["trained on", *(c for world, n in pools_of.items() for c in (f"{world} ({n})", "auto minus it"))], rows
+    )
 
 
 def fast(base: str) -> str:
@@ -262,14 +277,14 @@ def auto_gains(base: str) -> str:
 def separation(base: str) -> str:
     """AUC of each score for clean against faulty samples; in brackets for hard clean ones against faulty ones."""
     rows = []
-    names = ("exact", "calibrated", "tail", "first_order", "less", "low_loss")
+    names = ("exact", "calibrated", "tail", "first_order", "less", "visual_gain", "low_loss")
     for world in worlds(base):
         found = [r["agreements"] for r in selection_rows(base) if r["world"] == world and "agreements" in r]
         cells = []
         for name in names:
-            values = [[f[f"auc {name}{hard}"] for f in found] for hard in ("", ", hard")]
-            known = all(v is not None for pair in values for v in pair) and found
-            cells.append(f"{np.mean(values[0]):.2f} ({np.mean(values[1]):.2f})" if known else "")
+            pairs = [(f[f"auc {name}"], f[f"auc {name}, hard"]) for f in found if f"auc {name}" in f]
+            known = pairs and not any(value is None for pair in pairs for value in pair)
+            cells.append("{:.2f} ({:.2f})".format(*np.mean(pairs, axis=0)) if known else "")
         if any(cells):
             rows.append([world, *cells])
     return table(["world", *(NAMES[name] for name in names)], rows)
@@ -371,6 +386,32 @@ def other_losses() -> str:
     pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
     heads = ([f"{w} ({n}): AUC (hard)", "at 50 %", "at 80 %"] for w, n in zip(names, pools, strict=True))
     return table(["score", "steps", *(cell for head in heads for cell in head)], rows)
+
+
+def second_look() -> str:
+    """What is kept by losses of proxies that learnt from what was kept, and what training on it gives, by round."""
+    paths = sorted((RESULTS / "second_look").glob("*.json"))
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    names = list(dict.fromkeys(row["world"] for row in found))
+    rows = []
+    for scorer, fraction, number in dict.fromkeys((r["scorer"], r["fraction"], r["round"]) for r in found):
+        cells = []
+        for world in names:
+            first, same = (
+                [
+                    r
+                    for r in found
+                    if (r["world"], r["scorer"], r["fraction"], r["round"]) == (world, scorer, fraction, n)
+                ]
+                for n in (0, number)
+            )
+            cells.append(f"{_mean(same, 'faulty'):.2f} / {_mean(same, 'hard'):.2f}")
+            cells.append(f"{_mean(same, 'accuracy'):.3f}")
+            cells.append(difference(by_pool(same), by_pool(first)) if number else "")
+        rows.append([f"{NAMES[scorer]} {fraction:.0%}, round {number}", *cells])
+    pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
+    heads = ([f"{w} ({n}): faulty / hard", "accuracy", "over round 0"] for w, n in zip(names, pools, strict=True))
+    return table(["kept by", *(cell for head in heads for cell in head)], rows)
 
 
 def _mean(rows: list[Row], column: str) -> float:

@@ -304,6 +304,13 @@ def test_a_score_that_disagrees_is_left_out_of_a_race_and_an_error_where_it_is_t
         Workflow(run).score()
 
 
+def test_the_table_of_the_run_is_of_what_knows_the_targets_wherever_it_stands_among_the_arms(recipe_path, tmp_path):
+    overrides = ("select.bakeoff_arms=[visual_gain, first_order]", "score.step=0.01", "score.warmup_fraction=0")
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        assert Workflow(run).score().metadata["method"] == "first_order"
+        assert Workflow(run).scores_by("visual_gain").metadata == {"method": "visual_gain", "signed": False}
+
+
 def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):
     """score.batch_size is left out of the fingerprint, so it may not change a result beyond rounding."""
     tables = []
