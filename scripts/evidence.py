@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "settings": lambda world: evidence_selection.settings(world.replace("_", " ")),
     "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,
+    "second_look": evidence_selection.second_look,
     "summary": evidence_selection.summary,
     "agreement": evidence_mixtures.agreement,
     "picks": evidence_mixtures.picks,

@@ -397,14 +397,8 @@ def second_look() -> str:
     for scorer, fraction, number in dict.fromkeys((r["scorer"], r["fraction"], r["round"]) for r in found):
         cells = []
         for world in names:
-            first, same = (
-                [
-                    r
-                    for r in found
-                    if (r["world"], r["scorer"], r["fraction"], r["round"]) == (world, scorer, fraction, n)
-                ]
-                for n in (0, number)
-            )
+            arm = [r for r in found if (r["world"], r["scorer"], r["fraction"]) == (world, scorer, fraction)]
+            first, same = ([r for r in arm if r["round"] == n] for n in (0, number))
             cells.append(f"{_mean(same, 'faulty'):.2f} / {_mean(same, 'hard'):.2f}")
             cells.append(f"{_mean(same, 'accuracy'):.3f}")
             cells.append(difference(by_pool(same), by_pool(first)) if number else "")
