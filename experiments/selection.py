@@ -50,12 +50,15 @@ HOLDOUT_ITEMS = 150
 BATCH, STEPS = 16, 40
 
 
-def plan(faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None) -> PoolPlan:
+def plan(
+    faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float | None = None, hard_as: str = "in words"
+) -> PoolPlan:
     return PoolPlan(
         samples=dict.fromkeys(DOMAINS, PER_DOMAIN),
         faults=faults,
         hard=hard,
         target_hard=target_hard,
+        hard_as=hard_as,
         targets=DOMAINS,
         target_items=TARGET_ITEMS,
         holdout_items=HOLDOUT_ITEMS,
@@ -65,6 +68,7 @@ def plan(faults: Mapping[str, float], *, hard: float = 0.4, target_hard: float |
 WORLDS: dict[str, PoolPlan] = {
     "wrong 30 %": plan({"wrong_answer": 0.3}),
     "hard matters": plan({"wrong_answer": 0.2}, hard=0.25, target_hard=1.0),
+    "hard, no longer": plan({"wrong_answer": 0.2}, hard=0.5, target_hard=1.0, hard_as="plus one"),
     "clean": plan({}),
     "wrong 50 %": plan({"wrong_answer": 0.5}),
     "off-target 60 %": plan({"off_target": 0.6, "wrong_answer": 0.1}),
@@ -298,7 +302,7 @@ def open_world(
 
 
 def slug(name: str) -> str:
-    return name.replace(" %", "").replace(" ", "-")
+    return name.replace(" %", "").replace(",", "").replace(" ", "-")
 
 
 def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:

@@ -4,13 +4,14 @@ Files are ordinary `messages` JSONL with PNG pictures, as a user would have them
 stands in `truth.jsonl` beside them, for measuring only: no recipe names that file.
 
 Easy samples ask what the embedded model was taught. Hard ones ask for the same numbers in words, a form of answer it
-has seldom been asked for: clean, of a high loss, and what the targets need. So "low loss" is not automatically right.
+has seldom been asked for, or for one more, which it never has been: clean, of a high loss, and what the targets need.
+So "low loss" is not automatically right. Words make answers longer, one more does not.
 """
 
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class PoolPlan:
 
     `samples`: per domain (a domain is a skill). `faults`: share of each fault in every domain. `hard`: share of
     hard questions among the pool's questions, and among the targets' and the held-out ones unless `target_hard` says
-    otherwise. `targets`: skills with a target, each with `target_items` target and `holdout_items` held-out questions.
+    otherwise; `hard_as`: what they ask for, one of `HARD`. `targets`: skills with a target, each with `target_items` target and `holdout_items` held-out questions.
     """
 
     samples: Mapping[str, int] = field(default_factory=lambda: {"chart": 240, "counting": 240, "table": 240})
@@ -46,6 +47,7 @@ class PoolPlan:
     )
     hard: float = 0.4
     target_hard: float | None = None
+    hard_as: str = "in words"
     targets: Sequence[str] = ("chart", "counting")
     target_items: int = 48
     holdout_items: int = 200
@@ -62,11 +64,12 @@ def write_pool(folder: Path, plan: PoolPlan, seed: int) -> None:
         rows, labels = _draw_domain(folder, skill, count, plan, random.Random(f"{seed}-pool-{skill}"))
         _write_lines(folder / f"{skill}.jsonl", rows)
         truths += labels
-    target_hard = plan.hard if plan.target_hard is None else plan.target_hard
+    if plan.target_hard is not None:
+        plan = replace(plan, hard=plan.target_hard)
     for skill in plan.targets:
         for kind, count in (("target", plan.target_items), ("holdout", plan.holdout_items)):
             rng = random.Random(f"{seed}-{kind}-{skill}")
-            rows = [_clean_row(folder, f"{kind}-{skill}-{i:05d}", skill, target_hard, rng)[0] for i in range(count)]
+            rows = [_clean_row(folder, f"{kind}-{skill}-{i:05d}", skill, plan, rng) for i in range(count)]
             _write_lines(folder / f"{skill}.{kind}.jsonl", rows)
     _write_lines(folder / "truth.jsonl", truths)
 
@@ -94,11 +97,11 @@ def _draw_domain(
         elif kind == "off_target":
             row, hard = _spelling_row(sample_id, rng), False
         else:
-            row, hard, drawing, question = _question_row(folder, sample_id, skill, plan.hard, rng)
+            row, hard, drawing, question = _question_row(folder, sample_id, skill, plan, rng)
             if kind == "wrong_answer":
                 _answer(row, rng.choice(question.alternatives))
             elif kind == "other_picture":
-                _ask(row, *_foreign_question(drawing, question, rng))
+                _ask(row, *_foreign_question(drawing, question, plan.hard_as, rng))
             elif kind == "garbled":
                 _ask(row, _shuffled(question.text, rng), _shuffled(question.answer + question.text[:6], rng))
             else:
@@ -110,35 +113,39 @@ def _draw_domain(
 
 
 def _question_row(
-    folder: Path, sample_id: str, skill: str, hard_share: float, rng: random.Random
+    folder: Path, sample_id: str, skill: str, plan: PoolPlan, rng: random.Random
 ) -> tuple[dict, bool, Drawing, Question]:
     drawing = DRAW[skill](rng)
-    hard = rng.random() < hard_share
-    question = rng.choice(pool_questions(drawing, hard=hard))
+    hard = rng.random() < plan.hard
+    question = rng.choice(pool_questions(drawing, hard=hard, hard_as=plan.hard_as))
     _save(folder, sample_id, drawing.pixels)
     return _row(sample_id, question.text, question.answer, image=True), hard, drawing, question
 
 
-def pool_questions(drawing: Drawing, *, hard: bool) -> list[Question]:
-    """What a pool asks about a picture: the taught questions, or those with a number for an answer, in words."""
+def _in_words(question: Question) -> Question:
+    words = (NUMBERS[int(number)] for number in (question.answer, *question.alternatives))
+    return Question(question.text.replace("?", " in words?"), next(words), tuple(words), hard=True)
+
+
+def _plus_one(question: Question) -> Question:
+    numbers = (str(int(number) + 1) for number in (question.answer, *question.alternatives))
+    return Question(question.text.replace("?", " plus one?"), next(numbers), tuple(numbers), hard=True)
+
+
+HARD = {"in words": _in_words, "plus one": _plus_one}
+
+
+def pool_questions(drawing: Drawing, *, hard: bool, hard_as: str = "in words") -> list[Question]:
+    """What a pool asks about a picture: the taught questions, or those with a number for an answer, made hard."""
     taught = [question for question in drawing.questions if not question.hard]
     if not hard:
         return taught
     numeric = [q for q in taught if q.answer.isdigit()] or [q for q in drawing.questions if q.answer.isdigit()]
-    return [
-        Question(
-            q.text.replace("?", " in words?"),
-            NUMBERS[int(q.answer)],
-            tuple(NUMBERS[int(alternative)] for alternative in q.alternatives),
-            hard=True,
-        )
-        for q in numeric
-    ]
+    return [HARD[hard_as](question) for question in numeric]
 
 
-def _clean_row(folder: Path, sample_id: str, skill: str, hard_share: float, rng: random.Random) -> tuple[dict, bool]:
-    row, hard, _, _ = _question_row(folder, sample_id, skill, hard_share, rng)
-    return row, hard
+def _clean_row(folder: Path, sample_id: str, skill: str, plan: PoolPlan, rng: random.Random) -> dict:
+    return _question_row(folder, sample_id, skill, plan, rng)[0]
 
 
 def _near_copy(folder: Path, sample_id: str, original: tuple[dict, Drawing, bool]) -> tuple[dict, bool]:
@@ -148,11 +155,11 @@ def _near_copy(folder: Path, sample_id: str, original: tuple[dict, Drawing, bool
     return _row(sample_id, question.removeprefix("<image>"), answer, image=True), hard
 
 
-def _foreign_question(drawing: Drawing, question: Question, rng: random.Random) -> tuple[str, str]:
+def _foreign_question(drawing: Drawing, question: Question, hard_as: str, rng: random.Random) -> tuple[str, str]:
     """A question of the same difficulty about another picture, whose answer is not right for this picture."""
-    own = {(q.text, q.answer) for q in pool_questions(drawing, hard=question.hard)}
+    own = {(q.text, q.answer) for q in pool_questions(drawing, hard=question.hard, hard_as=hard_as)}
     while True:
-        other = pool_questions(DRAW[drawing.skill](rng), hard=question.hard)
+        other = pool_questions(DRAW[drawing.skill](rng), hard=question.hard, hard_as=hard_as)
         if foreign := [q for q in other if (q.text, q.answer) not in own]:
             picked = rng.choice(foreign)
             return picked.text, picked.answer
