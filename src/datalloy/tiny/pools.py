@@ -32,7 +32,8 @@ class PoolPlan:
 
     `samples`: per domain (a domain is a skill). `faults`: share of each fault in every domain. `hard`: share of
     hard questions among the pool's questions, and among the targets' and the held-out ones unless `target_hard` says
-    otherwise; `hard_as`: what they ask for, one of `HARD`. `targets`: skills with a target, each with `target_items` target and `holdout_items` held-out questions.
+    otherwise; `hard_as`: what they ask for, one of `HARD`. `targets`: skills with a target, each with `target_items`
+    target and `holdout_items` held-out questions.
     """
 
     samples: Mapping[str, int] = field(default_factory=lambda: {"chart": 240, "counting": 240, "table": 240})
