@@ -31,6 +31,7 @@ def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
 
 LOW, LESS, OST = arms("low_loss", 0.2, 0.5, 0.8), arms("less", 0.2, 0.5), arms("calibrated", 0.5, 0.8)
 LIKE = arms("low_loss_by_length", 0.2, 0.5, 0.8)
+VISUAL = arms("visual_gain", 0.2, 0.5, 0.8)
 MORE = (*arms("low_loss", 0.65), *arms("low_loss_by_length", 0.65))
 
 
@@ -52,13 +53,19 @@ RULES = {
     "low loss 65 % always": Rule(MORE[:1]),
     "low loss by length 50 % always": Rule(LIKE[1:2]),
     "low loss by length 65 % always": Rule(MORE[1:]),
+    "visual gain 50 % always": Rule(VISUAL[1:2]),
+    "visual gain 80 % always": Rule(VISUAL[2:]),
     "low loss raced": Rule((FULL, RANDOM, *LOW)),
+    "visual gain raced": Rule((FULL, RANDOM, *VISUAL)),
+    "low loss and visual gain raced": Rule((FULL, RANDOM, *LOW, *VISUAL)),
     "OST and low loss raced": Rule(FORMER),
     "low loss by length raced": Rule((FULL, RANDOM, *LIKE)),
     "OST and low loss by length raced": Rule((FULL, RANDOM, *LIKE, *OST)),
     "low loss and low loss by length raced": Rule((FULL, RANDOM, *LIKE, *LOW)),
     "**all three raced**": Rule(RACED),
-    "the same, the best two go on": Rule(RACED, best=2),
+    "visual gain in the place of low loss by length": Rule((FULL, RANDOM, *LOW, *VISUAL, *OST)),
+    "all three, visual gain too": Rule((FULL, RANDOM, *LOW, *LIKE, *VISUAL, *OST)),
+    "all three, the best two go on": Rule(RACED, best=2),
     "the same, all arms go on": Rule(RACED, best=99),
     "the same, near ties not to what keeps more": Rule(RACED, nearly_tied=0.0),
     "the same, ties up to one standard error": Rule(RACED, nearly_tied=1.0),
@@ -87,6 +94,8 @@ PARTS = {
     "the first round on all, the second as long as the final training": Rule(RACED),
     "**the first round on a part, the second as long as the final training**": Rule(RACED, runs=("part", "long")),
     "the same without low loss by length": Rule(FORMER, runs=("part", "long")),
+    "the same, visual gain in its place": Rule((FULL, RANDOM, *LOW, *VISUAL, *OST), runs=("part", "long")),
+    "the same, visual gain too": Rule((FULL, RANDOM, *LOW, *LIKE, *VISUAL, *OST), runs=("part", "long")),
     "the same without OST": Rule((FULL, RANDOM, *LIKE, *LOW), runs=("part", "long")),
 }
 
