@@ -6,13 +6,14 @@
 For every setting the pool of that world (selection.py) is scored, the base is trained on the best half and the best
 fifth of each domain at equal compute, and answers the held-out questions. Of the exact step: its size (multiples of the
 Polyak step, where the default asks for a step that changes the targets' loss by 200 %) and its rule. Of the calibrated
-score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16 and 64 items a target
-(default 32), the unblurred model as proxy, ranking by length. `low_loss` is beside them, under every proxy.
-Resumable. One minute of one core a setting of `calibrated`, two of `exact`.
+score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16, 64 and 128 items a
+target (default 32), the unblurred model as proxy, ranking by length. Resumable; rows of settings that are not asked for
+stay in the file. One minute of one core a setting of `calibrated`, two of `exact`, five with 128 items.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from datalloy.uncertainty import rank_agreement
 
 # rows of the scan, multiples of the Polyak step
 STEPS = {"exact, step 1/16": 0, "exact, step 1/4": 1, "exact, step 1": 2, "exact, step 4": 3}
+MANY = "calibrated, 128 items a target"  # twice what the worlds have, so the same pools are drawn with more
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "exact": (),
     **dict.fromkeys(STEPS, ()),
@@ -41,6 +43,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "calibrated, 16 items a target": ("score.target_items=16",),
     # where a bake-off follows, half of the items judge it
     "calibrated, 64 items a target": ("score.target_items=64", "select.keep_fraction=0.5"),
+    MANY: ("score.target_items=128", "select.keep_fraction=0.5"),
     "calibrated, the unblurred model as proxy": ("proxy=tiny",),
     "calibrated, ranked by length": ("score.length_normalised=true",),
 }
@@ -49,8 +52,12 @@ FRACTIONS = (0.5, 0.2)
 
 def run_setting(setting: str, name: str, base: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     step = (f"score.step={scanned_step(folder, STEPS[setting])}",) if setting in STEPS else ()
-    run, scorer = slug(setting).replace("/", "-").replace(",", ""), setting.split(",")[0]
-    with open_world(name, base, seed, folder, (f"score.method={scorer}", *SETTINGS[setting], *step), run) as world:
+    run, scorer = slug(setting).replace("/", "-"), setting.split(",")[0]
+    plan = WORLDS[name]
+    if setting == MANY:
+        plan, folder = replace(plan, target_items=128), folder.with_name(f"{folder.name}-128")
+    overrides = (f"score.method={scorer}", *SETTINGS[setting], *step)
+    with open_world(name, base, seed, folder, overrides, run, plan) as world:
         table = world.scores(scorer)
         scan = (world.run.finished("probes") or {})["scans"]["exact"]
         found = {
@@ -60,8 +67,8 @@ def run_setting(setting: str, name: str, base: str, seed: int, folder: Path) -> 
             "step": scan["chosen"],
             "negative": float(np.mean(table.utility < 0)),
         }
-        rows = [world.row(Job(scorer, fraction)) for scorer in (scorer, "low_loss") for fraction in FRACTIONS]
-        return [{"setting": setting, **found, **row} for row in rows]
+        rows = [world.row(Job(scorer, fraction)) for fraction in FRACTIONS]
+        return [{"commit": provenance()["commit"], "setting": setting, **found, **row} for row in rows]
 
 
 def scanned_step(folder: Path, row: int) -> float:
@@ -79,11 +86,14 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in args.seeds:
         place = f"{slug(args.world)}-{args.base}-{seed}"
-        rows: list[dict[str, Any]] = []
+        path = args.out / f"{place}.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
         for setting in args.settings:
-            rows += run_setting(setting, args.world, args.base, seed, args.runs / place)
-            print(seed, setting, [round(row["accuracy"], 3) for row in rows[-4:]], rows[-1]["auc"], flush=True)
-        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
+            made = run_setting(setting, args.world, args.base, seed, args.runs / place)
+            rows = [row for row in rows if row["setting"] != setting] + made
+            print(seed, setting, [round(row["accuracy"], 3) for row in made], made[0]["auc"], flush=True)
+        rows.sort(key=lambda row: list(SETTINGS).index(row["setting"]))
+        write_json(path, {"rows": rows, **provenance()})
 
 
 if __name__ == "__main__":

@@ -289,11 +289,20 @@ def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None =
 
 @contextmanager
 def open_world(
-    name: str, base: str, seed: int, folder: Path, overrides: Sequence[str] = (), run: str = "run"
+    name: str,
+    base: str,
+    seed: int,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    run: str = "run",
+    plan: PoolPlan | None = None,
 ) -> Iterator[World]:
-    """A world of `WORLDS`, drawn into `folder` where it is not there yet; its run folder is a part of it."""
+    """A world of `WORLDS`, drawn into `folder` where it is not there yet; its run folder is a part of it.
+
+    `plan`: drawn by this instead of the world's own.
+    """
     if not (folder / "drawn").exists():
-        write_pool(folder / "data", WORLDS[name], seed)
+        write_pool(folder / "data", plan or WORLDS[name], seed)
         recipe = RECIPE.format(seed=seed, base=base_path(base, folder.parent))
         write_atomically(folder / "recipe.yaml", recipe.encode())
         write_atomically(folder / "drawn", b"")
