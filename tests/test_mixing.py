@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from datalloy import mixing
-from datalloy.config import load_recipe
+from datalloy.config import ScorerName, load_recipe
 from datalloy.costs import estimate
 from datalloy.errors import DataError, RecipeError
 from datalloy.mixture import Mixture, read_candidates
@@ -229,6 +230,20 @@ def test_a_dry_run_counts_the_short_models_of_a_bake_off(epochs, runs, recipe_pa
     raced = load_recipe(recipe_path, [*auto, f"select.bakeoff_epochs={epochs}"])
     stages = {line.split()[0]: line for line in estimate(raced) if " MB" in line}
     assert f"{runs} short models on 16 items" in stages["bake-off"]
+
+
+def test_a_dry_run_knows_the_price_of_every_score(recipe_path):
+    loss, visual, hooks = (scoring_operations(recipe_path, name) for name in ("low_loss", "visual_gain", "less"))
+    assert visual == pytest.approx(2 * loss, rel=0.01)
+    assert hooks == pytest.approx(3 * loss, rel=0.01)
+    assert all(scoring_operations(recipe_path, name) for name in get_args(ScorerName))
+
+
+def scoring_operations(recipe_path, name):
+    judge = ["judge={url: 'http://localhost:9', model: any}"] if name == "judge" else []
+    recipe = load_recipe(recipe_path, [f"score.method={name}", "select.keep_fraction=0.5", *judge])
+    (line,) = (line for line in estimate(recipe) if line.startswith("score "))
+    return float(line.split()[2])
 
 
 def test_mixing_without_a_mixture_section_says_how_to_switch_it_on(recipe_path, tmp_path):

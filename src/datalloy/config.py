@@ -182,7 +182,7 @@ class Score(Section):
     precision: Precision = Field(
         "float32",
         description="bfloat16: losses and gradients of the pool are read under autocast, by calibrated, less, "
-        "first_order_hooks and the losses that baselines need. Weights and finite steps stay float32.",
+        "first_order_hooks, visual_gain and the losses that baselines need. Weights and finite steps stay float32.",
     )
     seed: Seed = 0
 
