@@ -110,7 +110,7 @@ def _rated(scores: Scores, rows: np.ndarray) -> list[Group]:
     """The ends of a ranking that knows nothing of the targets."""
     method = scores.metadata["method"]
     rating_N, titles = scores.utility, ("Rated highest", "Rated lowest")
-    about = f"Rated by {method}: what the samples do to the targets was not measured."
+    about = f"Rated by {method.replace('_', ' ')}: what the samples do to the targets was not measured."
     if method == "loss":
         rating_N, titles = -scores.loss, ("Lowest loss", "Highest loss")
         about = "Only losses were measured: what the samples do to the targets is not known."
