@@ -8,13 +8,12 @@ In every world the pool is scored by every method; the base (bases.py) is traine
 equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
 held-out questions. `oracle` keeps the samples that were drawn without a fault. `judge` is a judge who is right about
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
-over near-copies; `calibrated diverse` spreads what calibrated keeps, `calibrated by length` ranks it within strata of
-answer length; `visual_gain mean` is visual gain as its paper has it, over tokens. `put back` trains on the half that
-exact utility prefers and a fifth of the pool besides: the worst or a random one of the rest. `few` and `by length` need
-losses alone, `visual gain` two of them. `auto` is the bake-off of the default recipe; its row says what it chose and
-what it cost. Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows
-of phases that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of
-`auto`. `scripts/evidence.py` makes the tables of docs/evidence.md from the rows.
+over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
+it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
+a random one of the rest. `few` and `by length` need losses alone, `visual gain` two of them. `auto` is the bake-off of
+the default recipe; its row says what it chose and what it cost. Resumable: what has a record in --runs is not computed
+again, and rows are gathered from the records; rows of phases that are not asked for stay in the file. About 8 seconds of
+one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes the tables of docs/evidence.md.
 """
 
 import argparse
@@ -126,8 +125,6 @@ def jobs(phase: str) -> Iterator[Job]:
     elif phase == "visual gain":
         yield from (Job("visual_gain", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
         yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
-    elif phase == "OST by length":
-        yield from (Job("calibrated by length", fraction) for fraction in (0.2, 0.5, 0.8))
     elif phase == "few":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("judge", 0.5), Job("judge", 0.2))
         yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
@@ -146,7 +143,7 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
-PHASES = ("main", "more", "by length", "visual gain", "OST by length", "few")
+PHASES = ("main", "more", "by length", "visual gain", "few")
 
 
 class World:
@@ -196,7 +193,7 @@ class World:
         if variant == "mean":
             scores = scores.with_utility(scores.utility / scores.supervised_tokens, scores.state, scores.metadata)
         directions_ND = None if settings.diversity == "off" else self.workflow._directions_ND
-        normalised = variant == "by length" or self.run.recipe.score.length_normalised
+        normalised = self.run.recipe.score.length_normalised
         kept = select(scores, settings, fraction=job.fraction, direction_ND=directions_ND, length_normalised=normalised)
         return self.workflow._kept_indices(kept)
 
@@ -320,7 +317,7 @@ def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Pa
     asked = set(phases)
     run = "run"
     if not asked & {"main", "more"}:
-        run = "auto" if asked & {"auto", "OST by length"} else "visual-gain" if "visual gain" in asked else "losses"
+        run = "auto" if "auto" in asked else "visual-gain" if "visual gain" in asked else "losses"
         arms = {"auto": AUTO.bakeoff_arms, "visual-gain": ("visual_gain",), "losses": ("low_loss",)}[run]
         overrides = (f"select.bakeoff_arms=[{', '.join(arms)}]",)
     with open_world(name, base, seed, folder, overrides, run) as world:

@@ -30,7 +30,6 @@ NAMES = {
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
     "calibrated diverse": "OST, calibrated, diverse",
-    "calibrated by length": "OST, calibrated, by length",
     "tail": "OST, tail",
     "random": "random",
     "put back worst": "exact 50 % and the worst fifth",
@@ -40,7 +39,7 @@ NAMES = {
 FORWARD = ("low_loss", "low_loss_by_length", "visual_gain")  # need no gradients
 WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
 COMPARED = (
-    *("exact", "calibrated", "calibrated diverse", "calibrated by length", "tail"),
+    *("exact", "calibrated", "calibrated diverse", "tail"),
     *("low_loss", "low_loss_by_length", "visual_gain", "mid_loss", "high_loss", "length"),
     *("first_order", "less", "deita", "judge", "random", "auto"),
 )
@@ -117,7 +116,7 @@ def gains(base: str, fraction: float, over: str) -> str:
 def fractions(base: str) -> str:
     """Accuracy by share kept: how the best share moves with the noise."""
     rows = []
-    for scorer in ("exact", "calibrated", "calibrated by length", *FORWARD, "random"):
+    for scorer in ("exact", "calibrated", *FORWARD, "random"):
         for fraction in (0.1, 0.2, 0.5, 0.65, 0.8):
             found = [runs(base, world, scorer, fraction) for world in worlds(base)]
             if any(found):
@@ -133,13 +132,10 @@ def like_lengths(base: str) -> str:
         ("low_loss_by_length", "low_loss"),
         ("visual_gain", "low_loss"),
         ("visual_gain", "low_loss_by_length"),
-        ("calibrated by length", "calibrated"),
-        ("calibrated by length", "low_loss_by_length"),
     ):
         for fraction in (0.2, 0.5, 0.65, 0.8):
             cells = [difference(runs(base, w, scorer, fraction), runs(base, w, over, fraction)) for w in worlds(base)]
-            if any(cells):
-                rows.append([f"{NAMES[scorer]} minus {NAMES[over]}, {fraction:.0%}", *cells])
+            rows.append([f"{NAMES[scorer]} minus {NAMES[over]}, {fraction:.0%}", *cells])
     return table(headed("kept", base), rows)
 
 

@@ -6,7 +6,7 @@ picture, below zero where the picture speaks against the answer, as it does for 
 another picture, and zero without pictures. What makes an answer unlikely whatever is shown, its length or a rare word,
 raises both losses and cancels; low loss takes it for a fault.
 
-Sources: pointwise V-information (arXiv:2110.08420, eq. 4), with the pictures as what is left out; visual information
+Sources: pointwise V-information (PVI, arXiv:2110.08420), with the pictures as what is left out; visual information
 gain (arXiv:2602.17186), which takes the mean over tokens. Price: two forward passes of what has pictures.
 """
 
