@@ -13,7 +13,7 @@ it, over tokens. `put back` trains on the half that exact utility prefers and a 
 a random one of the rest. `few` and `by length` need losses alone, `visual gain` two of them. `auto` is the bake-off of
 the default recipe; its row says what it chose and what it cost. Resumable: what has a record in --runs is not computed
 again, and rows are gathered from the records; rows of phases that are not asked for stay in the file. About 8 seconds
-of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes the tables of docs/evidence.md.
+of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes tables of docs/evidence.md.
 """
 
 import argparse
