@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "fractions": evidence_selection.fractions,
     "like_lengths": evidence_selection.like_lengths,
     "later_pools": evidence_selection.later_pools,
+    "with_later_pools": evidence_selection.with_later_pools,
     "fast": evidence_selection.fast,
     "variants": evidence_selection.variants,
     "put_back": evidence_selection.put_back,

@@ -139,12 +139,42 @@ def like_lengths(base: str) -> str:
     return table(headed("kept", base), rows)
 
 
-def later_pools(base: str) -> str:
-    """Pools drawn after the rules were settled: by world the accuracy of some arms, and what `auto` gains on each."""
+@cache
+def later_rows(base: str) -> dict[str, list[Row]]:
+    """Of pools drawn after the rules were settled, by world."""
     paths = sorted((RESULTS / "later_pools").glob(f"*-{base}-*.json"))
     found: dict[str, list[Row]] = {}
     for row in (row for path in paths for row in json.loads(path.read_text())["rows"]):
         found.setdefault(row["world"], []).append(row)
+    return found
+
+
+def later_runs(base: str, world: str, scorer: str, fraction: float | None) -> Pools:
+    fraction = None if scorer in WHOLE else fraction
+    same = (row for row in later_rows(base)[world] if row["scorer"] == scorer)
+    return by_pool(row for row in same if fraction in (None, row["fraction"]))
+
+
+def with_later_pools(base: str, world: str) -> str:
+    """Gains over full SFT and over random on the pools on which the arms were compared, on later ones, and on all."""
+    world, rows = world.replace("_", " "), []
+    for scorer, fraction in product((*FORWARD, "judge"), (0.5, 0.2)):
+        cells = []
+        for over in ("full", "random"):
+            first = [runs(base, world, name, fraction) for name in (scorer, over)]
+            later = [later_runs(base, world, name, fraction) for name in (scorer, over)]
+            both = [one | other for one, other in zip(first, later, strict=True)]
+            cells += [difference(*first), difference(*later), difference(*both)]
+        rows.append([f"{NAMES[scorer]} {fraction:.0%}", *cells])
+    counts = [len(found) for found in (runs(base, world, "full"), later_runs(base, world, "full", None))]
+    pools = [f"first pools ({counts[0]})", f"later pools ({counts[1]})", f"all ({sum(counts)})"]
+    head = ["trained on", *(f"over {over}: {pool}" for over in ("full SFT", "random") for pool in pools)]
+    return table(head, rows)
+
+
+def later_pools(base: str) -> str:
+    """Pools drawn after the rules were settled: by world the accuracy of some arms, and what `auto` gains on each."""
+    found = later_rows(base)
     rows = []
     for scorer, fraction in (
         *(("base", None), ("full", None), ("oracle", None), ("random", 0.5), ("judge", 0.5)),
@@ -152,9 +182,8 @@ def later_pools(base: str) -> str:
         ("auto", None),
     ):
         cells = []
-        for same in found.values():
-            pools = by_pool(r for r in same if r["scorer"] == scorer and fraction in (None, r["fraction"]))
-            auto = by_pool(r for r in same if r["scorer"] == "auto")
+        for world in found:
+            pools, auto = later_runs(base, world, scorer, fraction), later_runs(base, world, "auto", None)
             cells += [mean_of(pools), "" if scorer == "auto" else difference(auto, pools)]
         rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
     pools_of = {world: len({row["seed"] for row in same}) for world, same in found.items()}
