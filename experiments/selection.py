@@ -312,21 +312,20 @@ def slug(name: str) -> str:
 
 
 def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """Every pass that scores is made in a run folder of its own kind: all of them, those of `auto`, or losses alone."""
+    """Scored by everything where `main` or `more` are asked for, else by what the phases need: a run folder each."""
     overrides: tuple[str, ...] = ()
-    asked = set(phases)
     run = "run"
-    if not asked & {"main", "more"}:
-        run = "auto" if "auto" in asked else "visual-gain" if "visual gain" in asked else "losses"
-        arms = {"auto": AUTO.bakeoff_arms, "visual-gain": ("visual_gain",), "losses": ("low_loss",)}[run]
-        overrides = (f"select.bakeoff_arms=[{', '.join(arms)}]",)
+    if not {"main", "more"} & set(phases):
+        arms = [*(AUTO.bakeoff_arms if "auto" in phases else ()), *["visual_gain"] * ("visual gain" in phases)]
+        arms = arms or ["low_loss"]
+        run, overrides = "-".join(arms), (f"select.bakeoff_arms=[{', '.join(arms)}]",)
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
         if "auto" in phases:
             rows.append(world.auto())
         if "main" in phases:  # of the pool, not of a model; they stand with the first
             rows[0] |= {"agreements": world.agreements((*SCORERS, "low_loss")), "score_seconds": world.score_seconds()}
-        elif "visual gain" in asked:
+        elif "visual gain" in phases:
             rows[0] |= {"agreements": world.agreements(["visual_gain"])}
         return rows
 
