@@ -7,8 +7,9 @@ For every setting the pool of that world (selection.py) is scored, the base is t
 fifth of each domain at equal compute, and answers the held-out questions. Of the exact step: its size (multiples of the
 Polyak step, where the default asks for a step that changes the targets' loss by 200 %) and its rule. Of the calibrated
 score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (default 5 %), 8, 16, 64 and 128 items a
-target (default 32), the unblurred model as proxy, ranking by length. Resumable; rows of settings that are not asked for
-stay in the file. One minute of one core a setting of `calibrated`, two of `exact`, five with 128 items.
+target (default 32), the unblurred model as proxy, ranking by length. Of low loss by length, which needs no target: the
+warm-up. Resumable; rows of settings that are not asked for stay in the file. Half a minute of one core a setting of
+`low_loss_by_length`, one of `calibrated`, two of `exact`, five with 128 items.
 """
 
 import json
@@ -46,6 +47,10 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     MANY: ("score.target_items=128", "select.keep_fraction=0.5"),
     "calibrated, the unblurred model as proxy": ("proxy=tiny",),
     "calibrated, ranked by length": ("score.length_normalised=true",),
+    "low_loss_by_length": (),
+    "low_loss_by_length, warm-up 0 %": ("score.warmup_fraction=0",),
+    "low_loss_by_length, warm-up 25 %": ("score.warmup_fraction=0.25",),
+    "low_loss_by_length, warm-up 100 %": ("score.warmup_fraction=1",),
 }
 FRACTIONS = (0.5, 0.2)
 
@@ -59,12 +64,12 @@ def run_setting(setting: str, name: str, base: str, seed: int, folder: Path) -> 
     overrides = (f"score.method={scorer}", *SETTINGS[setting], *step)
     with open_world(name, base, seed, folder, overrides, run, plan) as world:
         table = world.scores(scorer)
-        scan = (world.run.finished("probes") or {})["scans"]["exact"]
+        probes = world.run.finished("probes")  # of losses alone there are none
         found = {
             "auc": auc(table.utility, world.is_clean_N),
             "auc hard": auc(table.utility, world.is_clean_N, world.hard_N),
             "spearman with low loss": rank_agreement(table.utility, -table.loss),
-            "step": scan["chosen"],
+            "step": probes and probes["scans"]["exact"]["chosen"],
             "negative": float(np.mean(table.utility < 0)),
         }
         rows = [world.row(Job(scorer, fraction)) for fraction in FRACTIONS]
