@@ -12,8 +12,9 @@ the same random draws of inner mixtures, 20 of each size; `planned` chooses its 
 Where everything was trained twice from different seeds, one training is what predictors see and the other, which none
 of them has seen, is what they are judged by: so no predictor is rewarded for having seen the luck of a run. `seed noise
 known` is the calibrated merge told how far the two trainings differ. `one more training` predicts by the first training
-of every mixture, all of them: the most that could be bought. Rows that --out holds of other designs, metrics and
-predictors stay.
+of every mixture, all of them: the most that could be bought. `--regressions-alone` computes these rows alone, from the
+means over items that the JSON files hold (rounded to five digits), so it needs no run folder. Rows that --out holds of
+other designs, metrics and predictors stay.
 """
 
 import argparse
@@ -42,11 +43,19 @@ METRICS = ("probability", "loss", "exact_match")
 KEY = ("world", "base", "adapter", "seed", "train_seed", "metric", "predictor", "runs")  # of a row
 
 
-def load(run: Path) -> dict[str, np.ndarray]:
+Values = dict[str, np.ndarray]  # by metric, of trained and merged models: [N, V]
+
+
+def load(run: Path) -> Values:
     """The design's values by metric, [N, V], as recorded by mixtures.py in the order of its weights."""
     paths = sorted(run.glob("units/design--*.json"), key=lambda path: int(path.stem.rpartition("--")[2]))
     rows = [json.loads(path.read_bytes())["data"] for path in paths]
     return {key: np.array([row[key] for row in rows]) for key in rows[0] if ":" in key}
+
+
+def means(training: dict[str, Any]) -> Values:
+    """The design's means by target, as two items each, which is the least that `TrainedMixtures` takes."""
+    return {name: np.repeat(np.array(mean_NG), 2, axis=1) for name, mean_NG in training["values"].items()}
 
 
 @dataclass(frozen=True)
@@ -73,22 +82,31 @@ class Case:
             rank = spearmanr(predicted_N[held_out], self.judged_N[held_out]).statistic if len(held_out) > 2 else np.nan
         return rank, float(self.judged_N.max() - self.judged_N[int(predicted_N.argmax())])
 
-
-def curves(case: Case, seed: int, regressions: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row a predictor and number of real runs: mean Spearman and regret over the draws."""
-    trained, vertices, inner = case.trained, case.vertices, case.inner
-
-    def row(name: str, runs: int, found: list[tuple[float, float]]) -> dict[str, Any]:
+    def row(self, name: str, runs: int, found: list[tuple[float, float]]) -> dict[str, Any]:
+        """Mean Spearman and regret of a predictor over the draws of so many real runs."""
         spearman, regret = np.array(found).T
         return {
             "predictor": name,
             "runs": runs,
-            "trainings": runs + len(vertices),
+            "trainings": runs + len(self.vertices),
             "spearman": float(np.nanmean(spearman)) if np.isfinite(spearman).any() else None,
             "regret": float(regret.mean()),
             "worst regret": float(regret.max()),
         }
 
+    def draws(self, seed: int) -> Iterator[tuple[int, list[np.ndarray], list[np.ndarray]]]:
+        """Real runs, so many random inner mixtures, and as many more as there are experts."""
+        inner = self.inner
+        for runs in (r for r in RUNS if r <= len(inner) - 3):
+            rng = np.random.default_rng([seed, runs])
+            few = [rng.choice(inner, runs, replace=False) for _ in range(DRAWS)]
+            more = min(runs + len(self.vertices), len(inner) - 3)
+            yield runs, few, [rng.choice(inner, more, replace=False) for _ in range(DRAWS)]
+
+
+def merge_curves(case: Case, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows of what predicts from merged models, of MixMin and of uniform weights."""
+    trained, vertices, inner, row = case.trained, case.vertices, case.inner, case.row
     yield row("merged", 0, [case.judge(trained.merged_NG.mean(axis=1), vertices)])
     distance_N = np.abs(trained.weight_NK - 1 / len(vertices)).sum(axis=1)
     yield row("uniform", 0, [(np.nan, case.judge(-distance_N, vertices)[1])])
@@ -100,15 +118,18 @@ def curves(case: Case, seed: int, regressions: Sequence[str]) -> Iterator[dict[s
     calibrated = {"calibrated": trained}
     if case.seed_sd_G is not None:
         calibrated["calibrated, seed noise known"] = replace(trained, seed_sd_G=case.seed_sd_G)
-    for runs in (r for r in RUNS if r <= len(inner) - 3):
-        rng = np.random.default_rng([seed, runs])
-        draws = [rng.choice(inner, runs, replace=False) for _ in range(DRAWS)]
+    for runs, draws, _ in case.draws(seed):
         for name, data in calibrated.items():
             yield row(name, runs, [case.judge(_calibrated(data, np.r_[vertices, d]), d) for d in draws])
             planned = _planned(data, vertices, inner, runs)
             found = [case.judge(_calibrated(data, np.r_[vertices, planned]), planned)]
             yield row(f"{name}, planned", runs, found)
-        more = [rng.choice(inner, min(runs + len(vertices), len(inner) - 3), replace=False) for _ in range(DRAWS)]
+
+
+def regression_curves(case: Case, seed: int, regressions: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of the regressions, with the experts and on inner mixtures alone."""
+    trained, vertices, row = case.trained, case.vertices, case.row
+    for runs, draws, more in case.draws(seed):
         for name in regressions:
             make = SURROGATES[name]
             few = FEWER_DRAWS if name in SLOW else DRAWS
@@ -147,16 +168,17 @@ def _fit(make: Callable[[], Any], trained: TrainedMixtures, seen: np.ndarray) ->
     return surrogate.predict(trained.weight_NK)
 
 
-def targets_of(row: dict[str, Any], values: dict[str, np.ndarray]) -> np.ndarray:
+def targets_of(row: dict[str, Any], values: Values) -> np.ndarray:
     """The target of each item, [V]: the same number of items each, one target after the other."""
     targets = len(row["values"]["true:loss"][0])
     return np.repeat(np.arange(targets), values["true:loss"].shape[1] // targets)
 
 
-def cases(row: dict[str, Any], metrics: Sequence[str], run: Path, other: Path | None) -> Iterator[tuple[str, Case]]:
-    """The design of a run by these metrics, judged by another run's trainings where there is one."""
-    values = load(run)
-    judged = load(other) if other else values
+def cases(
+    row: dict[str, Any], metrics: Sequence[str], values: Values, other: Values | None
+) -> Iterator[tuple[str, Case]]:
+    """The design of a training by these metrics, judged by another training where there is one."""
+    judged = other or values
     target_V = targets_of(row, values)
     targets = int(target_V.max()) + 1
     for metric in metrics:
@@ -174,6 +196,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files written by mixtures.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of its run folders")
     parser.add_argument("--regressions", nargs="+", choices=list(SURROGATES), default=list(SURROGATES))
+    parser.add_argument("--regressions-alone", action="store_true")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["probability"])
     parser.add_argument("--out", type=Path, default=Path("experiments/results/mixture_curves.json"))
     args = parser.parse_args()
@@ -183,12 +206,20 @@ def main() -> None:
         about = {name: result[name] for name in ("world", "base", "adapter")}
         for row in result["rows"]:
             seeds = row["seed"], row["train_seed"]
-            others = [r["train_seed"] for r in result["rows"] if r["seed"] == seeds[0] and r["train_seed"] != seeds[1]]
-            runs = [run_folder(args.runs, *about.values(), seeds[0], train_seed) for train_seed in (seeds[1], *others)]
-            for metric, case in cases(row, args.metrics, runs[0], runs[1] if others else None):
+            others = [r for r in result["rows"] if r["seed"] == seeds[0] and r["train_seed"] != seeds[1]]
+            values = []
+            for training in (row, *others[:1]):
+                if args.regressions_alone:
+                    values.append(means(training))
+                else:
+                    values.append(load(run_folder(args.runs, *about.values(), seeds[0], training["train_seed"])))
+            for metric, case in cases(row, args.metrics, values[0], values[1] if others else None):
                 spread = float(np.ptp(case.judged_N[case.inner]))
                 which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
-                rows += [{**which, **found} for found in curves(case, seeds[0], args.regressions)]
+                found = list(regression_curves(case, seeds[0], args.regressions))
+                if not args.regressions_alone:
+                    found = [*merge_curves(case, seeds[0]), *found]
+                rows += [{**which, **predicted} for predicted in found]
             print(path.name, *seeds, flush=True)
     made = {tuple(row[name] for name in KEY) for row in rows}
     before = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
