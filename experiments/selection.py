@@ -10,7 +10,7 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few` and `by length` need losses alone, `visual gain` two of them. `auto` is the bake-off of
+a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `visual gain` two. `auto` is the bake-off of
 the default recipe; its row says what it chose and what it cost. Resumable: what has a record in --runs is not computed
 again, and rows are gathered from the records; rows of phases that are not asked for stay in the file. About 8 seconds
 of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes tables of docs/evidence.md.
@@ -76,7 +76,7 @@ WORLDS: dict[str, PoolPlan] = {
     "wrong 10 %": plan({"wrong_answer": 0.1}),
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
-SCORERS = (*UTILITIES, "visual_gain")  # with a pass of their own
+SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
 BASELINES = ("low_loss", "low_loss_by_length", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
@@ -97,7 +97,7 @@ evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
 score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
-select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain], seed: {seed}}}
+select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain, entropy_minus_loss], seed: {seed}}}
 train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
 leakage: {{on_leak: allow}}
@@ -125,6 +125,8 @@ def jobs(phase: str) -> Iterator[Job]:
     elif phase == "visual gain":
         yield from (Job("visual_gain", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
         yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
+    elif phase == "entropy":
+        yield from (Job("entropy_minus_loss", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
     elif phase == "few":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("judge", 0.5), Job("judge", 0.2))
         yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
@@ -143,7 +145,8 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
-PHASES = ("main", "more", "by length", "visual gain", "few")
+PHASES = ("main", "more", "by length", "visual gain", "entropy", "few")
+OF_THEIR_OWN = {"visual gain": "visual_gain", "entropy": "entropy_minus_loss"}  # phases of one scorer
 
 
 class World:
@@ -315,9 +318,9 @@ def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Pa
     """Scored by everything where `main` or `more` are asked for, else by what the phases need: a run folder each."""
     overrides: tuple[str, ...] = ()
     run = "run"
+    own = [scorer for phase, scorer in OF_THEIR_OWN.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        arms = [*(AUTO.bakeoff_arms if "auto" in phases else ()), *["visual_gain"] * ("visual gain" in phases)]
-        arms = arms or ["low_loss"]
+        arms = list(dict.fromkeys([*(AUTO.bakeoff_arms if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (f"select.bakeoff_arms=[{', '.join(arms)}]",)
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
@@ -325,8 +328,8 @@ def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Pa
             rows.append(world.auto())
         if "main" in phases:  # of the pool, not of a model; they stand with the first
             rows[0] |= {"agreements": world.agreements((*SCORERS, "low_loss")), "score_seconds": world.score_seconds()}
-        elif "visual gain" in phases:
-            rows[0] |= {"agreements": world.agreements(["visual_gain"])}
+        elif own:
+            rows[0] |= {"agreements": world.agreements(own)}
         return rows
 
 

@@ -59,7 +59,7 @@ def probing(proxy, probes):
     )
 
 
-@pytest.fixture(scope="module", params=[*TARGETED, "less", "calibrated", "visual_gain", "loss"])
+@pytest.fixture(scope="module", params=[*TARGETED, "less", "calibrated", "visual_gain", "entropy_minus_loss", "loss"])
 def make(request, inputs, probing, probes):
     @functools.cache
     def make(batch_size):
@@ -101,7 +101,9 @@ def test_baselines_share_the_loss_scorer_and_have_no_sign(method, inputs, probin
     assert not scorer.signed
 
 
-@pytest.mark.parametrize("method", ["first_order_hooks", "less", "calibrated", "visual_gain", "loss"])
+@pytest.mark.parametrize(
+    "method", ["first_order_hooks", "less", "calibrated", "visual_gain", "entropy_minus_loss", "loss"]
+)
 def test_ranks_are_kept_where_the_pool_is_read_in_bfloat16(method, proxy, items, targets, pool, probing, probes):
     whole, half = (
         prepare(method, make_inputs(proxy, items, targets, pool, precision=p, min_agreement=0.1), probing, probes)

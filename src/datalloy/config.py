@@ -56,6 +56,7 @@ ScorerName = Literal[
     "less",
     "calibrated",
     "visual_gain",
+    "entropy_minus_loss",
     "deita",
     "judge",
     "random",
@@ -182,7 +183,8 @@ class Score(Section):
     precision: Precision = Field(
         "float32",
         description="bfloat16: losses and gradients of the pool are read under autocast, by calibrated, less, "
-        "first_order_hooks, visual_gain and the losses that baselines need. Weights and finite steps stay float32.",
+        "first_order_hooks, visual_gain, entropy_minus_loss and the losses that baselines need. Weights and finite "
+        "steps stay float32.",
     )
     seed: Seed = 0
 

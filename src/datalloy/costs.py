@@ -90,6 +90,7 @@ def _stages(
             "deita": 3 * pool * forward,
             "judge": pool * forward,  # here; the judge computes elsewhere
             "visual_gain": 2 * pool * forward,
+            "entropy_minus_loss": pool * forward,
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")

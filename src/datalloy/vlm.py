@@ -37,6 +37,7 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy, pad
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
@@ -54,6 +55,7 @@ from datalloy.vision_features import VisionFeatures
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a position that does not enter the loss
+ENTROPY_TOKENS = 256  # whose predictions are read at once: several arrays of the vocabulary's width
 GREY = 1 / 128  # near the middle of what processors scale pixels to; zeros are padding to some families (Idefics3)
 
 # What a processor is made of. `save` copies these files as they are, so the settings for video, unused here, stay.
@@ -362,15 +364,30 @@ class VLM:
         Logits are made only for columns in which some sample is supervised, and of `dtype` only where it is: the
         vocabulary is the largest dimension of all and most of a batch is images and padding.
         """
+        logits_SV, target_S, supervised_BT = self._answer_logits(batch)
+        return _means_of_answers(cross_entropy(logits_SV.to(dtype), target_S, reduction="none"), supervised_BT)
+
+    @torch.no_grad()
+    def losses_and_entropies(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy, and mean entropy of what is predicted, over supervised tokens: [B] each, float32, nats.
+
+        The entropy is the loss that the model itself expects, were each token drawn from its own prediction.
+        """
+        logits_SV, target_S, supervised_BT = self._answer_logits(batch)
+        rows = logits_SV.split(ENTROPY_TOKENS)
+        parts = [Categorical(logits=row.float(), validate_args=False).entropy() for row in rows]
+        losses = cross_entropy(logits_SV.float(), target_S, reduction="none")
+        return _means_of_answers(losses, supervised_BT), _means_of_answers(torch.cat(parts), supervised_BT)
+
+    def _answer_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [S, vocabulary] and targets [S] of all supervised tokens, and their places in the batch, [B, T]."""
         targets_BT = batch["labels"][:, 1:]
         columns = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits = self.model(**inputs, logits_to_keep=columns, use_cache=False).logits
         targets_BT = targets_BT[:, columns]
         supervised_BT = targets_BT != IGNORED
-        token_losses = cross_entropy(logits[supervised_BT].to(dtype), targets_BT[supervised_BT], reduction="none")
-        token_losses_BT = token_losses.new_zeros(targets_BT.shape).masked_scatter(supervised_BT, token_losses)
-        return token_losses_BT.sum(dim=1) / supervised_BT.sum(dim=1)
+        return logits[supervised_BT], targets_BT[supervised_BT], supervised_BT
 
     @torch.no_grad()
     def logits_at(self, batch: dict[str, Tensor], position_B: Tensor) -> Tensor:
@@ -1040,6 +1057,12 @@ def _original_span(offset: tuple[int, int], expansions: list[dict[str, Any]]) ->
             return Span(expansion["span"][0], expansion["span"][0])
         gained = expanded_end - expansion["span"][1]
     return Span(start - gained, end - gained)
+
+
+def _means_of_answers(value_S: Tensor, supervised_BT: Tensor) -> Tensor:
+    """Means over each sample's supervised tokens, [B], of a value that they have in the order of the batch."""
+    value_BT = value_S.new_zeros(supervised_BT.shape).masked_scatter(supervised_BT, value_S)
+    return value_BT.sum(dim=1) / supervised_BT.sum(dim=1)
 
 
 def _pad_tokens(rows: Sequence[Tensor], value: int, *, side: Literal["left", "right"]) -> Tensor:

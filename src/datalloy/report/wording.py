@@ -10,6 +10,7 @@ RANKED_BY = {
     "low_loss_by_length": "those with the lowest loss among answers of like length",
     "mid_loss": "those with a middling loss",
     "high_loss": "those with the highest loss",
+    "entropy_minus_loss": "those whose answers are likelier than the proxy expected",
     "visual_gain": "those whose pictures tell most about their answers",
     "length": "those with the longest answers",
 }

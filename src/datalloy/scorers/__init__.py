@@ -2,9 +2,9 @@
 
 The family of scorers: `exact` (the definition), `tail` (exact on the last layers), `calibrated` (cheap features
 fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), `less` (cosines
-of gradients), `visual_gain` (what the pictures tell about the answers), and the baselines. All give a `ScoreBlock` for
-a list of encoded samples; higher is better in all. Raters (`deita`, `judge`) read samples instead of measuring them and
-give `Ratings`.
+of gradients), `visual_gain` (what the pictures tell about the answers), `entropy_minus_loss` (answers likelier than
+expected), and the baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all. Raters
+(`deita`, `judge`) read samples instead of measuring them and give `Ratings`.
 """
 
 import itertools
@@ -25,6 +25,7 @@ from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, visi
 from datalloy.scorers.isolation import FAULTS, score_isolated
 from datalloy.scorers.judge import JudgeRater
 from datalloy.scorers.less import LessScorer
+from datalloy.scorers.entropy_minus_loss import EntropyMinusLossScorer
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.rating import Rater, Ratings
@@ -66,7 +67,12 @@ RATERS = (
     "deita",
     "judge",
 )  # methods that read samples; what the proxy's forward pass gives stands beside their ratings
-WITHOUT_PROBES = ("loss", "visual_gain", *RATERS)  # know no target: what they say is not held against exact utility
+FORWARD: dict[str, type[LossScorer]] = {
+    "loss": LossScorer,
+    "visual_gain": VisualGainScorer,
+    "entropy_minus_loss": EntropyMinusLossScorer,
+}
+WITHOUT_PROBES = (*FORWARD, *RATERS)  # know no target: what they say is not held against exact utility
 WITHOUT_STEP = ("first_order", "first_order_hooks", "less")  # of no finite step, so harm begins at zero
 HARM_QUANTILE = 0.05  # of the target items' own utilities: a sample below it is worse than clean samples are
 
@@ -154,7 +160,7 @@ def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes:
     """The scorer named `method`. `probing` is needed by all but the baselines."""
     settings, vlm, items = inputs.settings, inputs.vlm, inputs.items
     if method in (*WITHOUT_PROBES, *BASELINES) or probing is None:
-        forward = VisualGainScorer if method == "visual_gain" else LossScorer
+        forward = FORWARD.get(method, LossScorer)
         targets, size = len(items.names), settings.batch_size
         return forward(vlm, targets=targets, batch_size=size, precision=settings.precision)
     if method == "tail":

@@ -5,7 +5,7 @@ by them. All of them follow from one forward pass, hence from the columns of any
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,9 +92,13 @@ class LossScorer:
 
     def losses(self, samples: Sequence[Encoded]) -> np.ndarray:
         """Losses of the samples, [N], nats per token."""
-        batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
         with torch.no_grad(), self.vlm.autocast(self.precision):
-            return np.array([x for b in batches for x in self.vlm.losses(self.vlm.collate(b)).cpu().double().tolist()])
+            losses = [self.vlm.losses(self.vlm.collate(batch)) for batch in self.batches(samples)]
+            return np.array([loss for loss_B in losses for loss in loss_B.cpu().double().tolist()])
+
+    def batches(self, samples: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+        for start in range(0, len(samples), self.batch_size):
+            yield samples[start : start + self.batch_size]
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         zeros = np.zeros(len(samples))
