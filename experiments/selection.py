@@ -10,10 +10,11 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `visual gain` two. `auto` is the bake-off of
-the default recipe; its row says what it chose and what it cost. Resumable: what has a record in --runs is not computed
-again, and rows are gathered from the records; rows of phases that are not asked for stay in the file. About 8 seconds
-of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes tables of docs/evidence.md.
+a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `visual gain` two. `auto` is the
+bake-off of the default recipe; its row says what it chose and what it cost. Resumable: what has a record in --runs is
+not computed again, and rows are gathered from the records; rows of phases that are not asked for stay in the file.
+About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes tables of
+docs/evidence.md.
 """
 
 import argparse
@@ -97,7 +98,10 @@ evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
 score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
-select: {{drop_toxic: false, bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain, entropy_minus_loss], seed: {seed}}}
+select:
+  drop_toxic: false
+  bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain, entropy_minus_loss]
+  seed: {seed}
 train: {{adapter: none, freeze_vision: false, learning_rate: 5e-4, batch_size: 16, samples: 640, seed: {seed}}}
 evaluate: {{max_new_tokens: 12, batch_size: 100}}
 leakage: {{on_leak: allow}}

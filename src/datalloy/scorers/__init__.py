@@ -21,11 +21,11 @@ from datalloy.errors import AgreementError
 from datalloy.scorers.baselines import BASELINES, WITHOUT_MODEL, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.deita import DeitaRater
+from datalloy.scorers.entropy_minus_loss import EntropyMinusLossScorer
 from datalloy.scorers.first_order import FiniteDifferenceScorer, TapScorer, vision_stands_still
 from datalloy.scorers.isolation import FAULTS, score_isolated
 from datalloy.scorers.judge import JudgeRater
 from datalloy.scorers.less import LessScorer
-from datalloy.scorers.entropy_minus_loss import EntropyMinusLossScorer
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.rating import Rater, Ratings
