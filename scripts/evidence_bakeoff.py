@@ -17,7 +17,7 @@ from evidence_tables import table
 RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
 FURTHER = "-items.json"  # how the names of results end where further items judge
-ALONE = ("low_loss_by_length", "visual_gain")  # and where they hold the arms of one scorer
+ALONE = ("low_loss_by_length", "visual_gain", "entropy_minus_loss")  # and where they hold the arms of one scorer
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
@@ -32,6 +32,7 @@ def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
 LOW, LESS, OST = arms("low_loss", 0.2, 0.5, 0.8), arms("less", 0.2, 0.5), arms("calibrated", 0.5, 0.8)
 LIKE = arms("low_loss_by_length", 0.2, 0.5, 0.8)
 VISUAL = arms("visual_gain", 0.2, 0.5, 0.8)
+ENTROPY = arms("entropy_minus_loss", 0.2, 0.5, 0.8)
 MORE = (*arms("low_loss", 0.65), *arms("low_loss_by_length", 0.65))
 
 
@@ -55,7 +56,12 @@ RULES = {
     "low loss by length 65 % always": Rule(MORE[1:]),
     "visual gain 50 % always": Rule(VISUAL[1:2]),
     "visual gain 80 % always": Rule(VISUAL[2:]),
+    "entropy minus loss 20 % always": Rule(ENTROPY[:1]),
+    "entropy minus loss 50 % always": Rule(ENTROPY[1:2]),
+    "entropy minus loss 80 % always": Rule(ENTROPY[2:]),
     "low loss raced": Rule((FULL, RANDOM, *LOW)),
+    "entropy minus loss raced": Rule((FULL, RANDOM, *ENTROPY)),
+    "low loss by length and entropy minus loss raced": Rule((FULL, RANDOM, *LIKE, *ENTROPY)),
     "visual gain raced": Rule((FULL, RANDOM, *VISUAL)),
     "low loss and visual gain raced": Rule((FULL, RANDOM, *LOW, *VISUAL)),
     "OST and low loss raced": Rule(FORMER),
@@ -64,6 +70,9 @@ RULES = {
     "low loss and low loss by length raced": Rule((FULL, RANDOM, *LIKE, *LOW)),
     "**all three raced**": Rule(RACED),
     "visual gain in the place of low loss by length": Rule((FULL, RANDOM, *LOW, *VISUAL, *OST)),
+    "entropy minus loss in the place of low loss": Rule((FULL, RANDOM, *LIKE, *ENTROPY, *OST)),
+    "entropy minus loss in the place of low loss by length": Rule((FULL, RANDOM, *LOW, *ENTROPY, *OST)),
+    "all three, entropy minus loss too": Rule((FULL, RANDOM, *LOW, *LIKE, *ENTROPY, *OST)),
     "all three, visual gain too": Rule((FULL, RANDOM, *LOW, *LIKE, *VISUAL, *OST)),
     "all three, the best two go on": Rule(RACED, best=2),
     "the same, all arms go on": Rule(RACED, best=99),
@@ -96,6 +105,16 @@ PARTS = {
     "the same without low loss by length": Rule(FORMER, runs=("part", "long")),
     "the same, visual gain in its place": Rule((FULL, RANDOM, *LOW, *VISUAL, *OST), runs=("part", "long")),
     "the same, visual gain too": Rule((FULL, RANDOM, *LOW, *LIKE, *VISUAL, *OST), runs=("part", "long")),
+    "the same, entropy minus loss in the place of low loss": Rule(
+        (FULL, RANDOM, *LIKE, *ENTROPY, *OST), runs=("part", "long")
+    ),
+    "the same, entropy minus loss in the place of low loss by length": Rule(
+        (FULL, RANDOM, *LOW, *ENTROPY, *OST), runs=("part", "long")
+    ),
+    "the same, entropy minus loss in the place of OST": Rule(
+        (FULL, RANDOM, *LOW, *LIKE, *ENTROPY), runs=("part", "long")
+    ),
+    "the same, entropy minus loss too": Rule((FULL, RANDOM, *LOW, *LIKE, *ENTROPY, *OST), runs=("part", "long")),
     "the same without OST": Rule((FULL, RANDOM, *LIKE, *LOW), runs=("part", "long")),
 }
 

@@ -18,6 +18,7 @@ NAMES = {
     "oracle": "oracle: clean samples only",
     "low_loss": "low loss",
     "low_loss_by_length": "low loss by length",
+    "entropy_minus_loss": "entropy minus loss",
     "visual_gain": "visual gain",
     "visual_gain mean": "visual gain, mean over tokens",
     "mid_loss": "mid loss",
@@ -36,11 +37,12 @@ NAMES = {
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
 }
-FORWARD = ("low_loss", "low_loss_by_length", "visual_gain")  # need no gradients
+FORWARD = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients
+KNOWN = {"entropy_minus_loss": 6}  # pools that were known when a score was found, where they are not the first three
 WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "tail"),
-    *("low_loss", "low_loss_by_length", "visual_gain", "mid_loss", "high_loss", "length"),
+    *("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain", "mid_loss", "high_loss", "length"),
     *("first_order", "less", "deita", "judge", "random", "auto"),
 )
 Row = dict[str, Any]
@@ -126,12 +128,14 @@ def fractions(base: str) -> str:
 
 
 def like_lengths(base: str) -> str:
-    """Ranked among answers of like length minus ranked inside domains, and visual gain minus both losses, paired."""
+    """Low loss by length minus low loss, and minus both what else needs no gradients, paired."""
     rows = []
     for scorer, over in (
         ("low_loss_by_length", "low_loss"),
         ("visual_gain", "low_loss"),
         ("visual_gain", "low_loss_by_length"),
+        ("entropy_minus_loss", "low_loss"),
+        ("entropy_minus_loss", "low_loss_by_length"),
     ):
         for fraction in (0.2, 0.5, 0.65, 0.8):
             cells = [difference(runs(base, w, scorer, fraction), runs(base, w, over, fraction)) for w in worlds(base)]
@@ -156,20 +160,25 @@ def later_runs(base: str, world: str, scorer: str, fraction: float | None) -> Po
 
 
 def with_later_pools(base: str, world: str) -> str:
-    """Gains over full SFT and over random on the pools on which the arms were compared, on later ones, and on all."""
+    """Gains over full SFT and over random on the pools that were known when an arm was found, on later ones, on all."""
     world, rows = world.replace("_", " "), []
+
+    def pools(scorer: str, fraction: float) -> Pools:
+        return runs(base, world, scorer, fraction) | later_runs(base, world, scorer, fraction)
+
     for scorer, fraction in product((*FORWARD, "judge"), (0.5, 0.2)):
+        mine = pools(scorer, fraction)
+        known = {pool for pool in mine if pool < KNOWN.get(scorer, len(runs(base, world, "full")))}
         cells = []
         for over in ("full", "random"):
-            first = [runs(base, world, name, fraction) for name in (scorer, over)]
-            later = [later_runs(base, world, name, fraction) for name in (scorer, over)]
-            both = [one | other for one, other in zip(first, later, strict=True)]
-            cells += [difference(*first), difference(*later), difference(*both)]
-        rows.append([f"{NAMES[scorer]} {fraction:.0%}", *cells])
-    counts = [len(found) for found in (runs(base, world, "full"), later_runs(base, world, "full", None))]
-    pools = [f"first pools ({counts[0]})", f"later pools ({counts[1]})", f"all ({sum(counts)})"]
-    head = ["trained on", *(f"over {over}: {pool}" for over in ("full SFT", "random") for pool in pools)]
-    return table(head, rows)
+            theirs = pools(over, fraction)
+            for chosen in (known, mine.keys() - known, mine.keys()):
+                cells.append(difference(*({n: found[n] for n in chosen} for found in (mine, theirs))))
+        rows.append([f"{NAMES[scorer]} {fraction:.0%} ({len(known)} + {len(mine) - len(known)})", *cells])
+    head = [
+        f"over {over}: {which}" for over in ("full SFT", "random") for which in ("pools known", "later pools", "all")
+    ]
+    return table(["trained on (pools)", *head], rows)
 
 
 def later_pools(base: str) -> str:
@@ -302,7 +311,7 @@ def auto_gains(base: str) -> str:
 def separation(base: str) -> str:
     """AUC of each score for clean against faulty samples; in brackets for hard clean ones against faulty ones."""
     rows = []
-    names = ("exact", "calibrated", "tail", "first_order", "less", "visual_gain", "low_loss")
+    names = ("exact", "calibrated", "tail", "first_order", "less", "visual_gain", "entropy_minus_loss", "low_loss")
     for world in worlds(base):
         found = [r["agreements"] for r in selection_rows(base) if r["world"] == world and "agreements" in r]
         cells = []
