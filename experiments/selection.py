@@ -3,6 +3,7 @@
     python experiments/selection.py --seeds 0 1 2                       (all worlds, the main arms)
     python experiments/selection.py --seeds 0 --worlds clean --phases main more "by length" auto
     python experiments/selection.py --base shipped --worlds clean       (the base that has nothing left to learn)
+    python experiments/selection.py --set score.warmup_fraction=0 --runs runs/cold --out experiments/results/cold
 
 In every world the pool is scored by every method; the base (bases.py) is trained on what each keeps of each domain, at
 equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
@@ -318,14 +319,15 @@ def slug(name: str) -> str:
     return name.replace(" %", "").replace(",", "").replace(" ", "-")
 
 
-def run_world(name: str, base: str, seed: int, phases: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def run_world(
+    name: str, base: str, seed: int, phases: Sequence[str], folder: Path, settings: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Scored by everything where `main` or `more` are asked for, else by what the phases need: a run folder each."""
-    overrides: tuple[str, ...] = ()
-    run = "run"
+    overrides, run = tuple(settings), "run"
     own = [scorer for phase, scorer in OF_THEIR_OWN.items() if phase in phases]
     if not {"main", "more"} & set(phases):
         arms = list(dict.fromkeys([*(AUTO.bakeoff_arms if "auto" in phases else ()), *own])) or ["low_loss"]
-        run, overrides = "-".join(arms), (f"select.bakeoff_arms=[{', '.join(arms)}]",)
+        run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
         if "auto" in phases:
@@ -366,10 +368,11 @@ def asked_pools(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 def main() -> None:
     parser = worlds_parser(__doc__, "selection")
     parser.add_argument("--phases", nargs="+", choices=[*PHASES, "auto"], default=["main", "auto"])
+    parser.add_argument("--set", nargs="+", default=[], help="settings of the recipe; with folders of their own")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        rows = run_world(name, args.base, seed, args.phases, args.runs / place)
+        rows = run_world(name, args.base, seed, args.phases, args.runs / place, args.set)
         write_rows(args.out / f"{place}.json", rows)
         said = {f"{row['scorer']} {row['fraction']}": round(row["accuracy"], 3) for row in rows if "accuracy" in row}
         print(json.dumps(said), flush=True)
