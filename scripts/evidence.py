@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "separation": evidence_selection.separation,
     "costs": evidence_selection.costs,
     "settings": lambda world: evidence_selection.settings(world.replace("_", " ")),
+    "warm_up": evidence_selection.warm_up,
     "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,
     "second_look": evidence_selection.second_look,

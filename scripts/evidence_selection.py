@@ -37,6 +37,7 @@ NAMES = {
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
 }
+ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 FORWARD = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients
 KNOWN = {"entropy_minus_loss": 6}  # pools that were known when a score was found, where they are not the first three
 WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
@@ -183,7 +184,8 @@ def with_later_pools(base: str, world: str) -> str:
 
 def later_pools(base: str) -> str:
     """Pools drawn after the rules were settled: by world the accuracy of some arms, and what `auto` gains on each."""
-    found = later_rows(base)
+    autos = {world: later_runs(base, world, "auto", None) for world in later_rows(base)}
+    raced = {world: auto for world, auto in autos.items() if auto}
     rows = []
     for scorer, fraction in (
         *(("base", None), ("full", None), ("oracle", None), ("random", 0.5), ("judge", 0.5)),
@@ -191,14 +193,12 @@ def later_pools(base: str) -> str:
         ("auto", None),
     ):
         cells = []
-        for world in found:
-            pools, auto = later_runs(base, world, scorer, fraction), later_runs(base, world, "auto", None)
+        for world, auto in raced.items():
+            pools = {pool: right for pool, right in later_runs(base, world, scorer, fraction).items() if pool in auto}
             cells += [mean_of(pools), "" if scorer == "auto" else difference(auto, pools)]
         rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
-    pools_of = {world: len({row["seed"] for row in same}) for world, same in found.items()}
-    return table(
-        ["trained on", *(c for world, n in pools_of.items() for c in (f"{world} ({n})", "auto minus it"))], rows
-    )
+    heads = ((f"{world} ({len(auto)})", "auto minus it") for world, auto in raced.items())
+    return table(["trained on", *(cell for head in heads for cell in head)], rows)
 
 
 def fast(base: str) -> str:
@@ -351,7 +351,7 @@ def settings(world: str) -> str:
     """What one changed setting of the exact score does: separation and trained models, with gains over the default."""
     slug = world.replace(" %", "").replace(" ", "-")
     paths = sorted((RESULTS / "scoring_settings").glob(f"{slug}-blurred-*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] != "low_loss"]
+    found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] in ONE_STEP]
 
     def of(setting: str, fraction: float) -> Pools:
         return by_pool(r for r in found if (r["setting"], r["fraction"]) == (setting, fraction))
@@ -376,6 +376,33 @@ def settings(world: str) -> str:
         "over the default",
     ]
     return table(head, rows)
+
+
+def warm_up() -> str:
+    """Scores that need no gradients by other warm-ups of the proxy, minus those by the default one, paired."""
+    paths = sorted((RESULTS / "scoring_settings").glob("*.json"))
+    rows_of = (row for path in paths for row in json.loads(path.read_text())["rows"])
+    found = [row for row in rows_of if row["setting"].startswith(FORWARD) and row["scorer"] in FORWARD]
+
+    def of(setting: str, fraction: float, world: str, base: str) -> Pools:
+        wanted = (setting, fraction, world, base)
+        return by_pool(r for r in found if (r["setting"], r["fraction"], r["world"], r["base"]) == wanted)
+
+    rows = []
+    for world, base in dict.fromkeys((row["world"], row["base"]) for row in found):
+        for setting in dict.fromkeys(row["setting"] for row in found if (row["world"], row["base"]) == (world, base)):
+            scorer, _, warm = setting.partition(", ")
+            pools = len(of(setting, 0.5, world, base))
+            cells = [
+                f"{world}{', strongly blurred' * (base != 'blurred')} ({pools})",
+                NAMES[scorer],
+                warm or "the default, 5 %",
+            ]
+            for fraction in (0.5, 0.2):
+                mine, usual = of(setting, fraction, world, base), of(scorer, fraction, world, base)
+                cells += [mean_of(mine), difference(mine, usual) if warm else ""]
+            rows.append(cells)
+    return table(["world", "score", "warm-up", "at 50 %", "over the default", "at 20 %", "over the default"], rows)
 
 
 def transfer() -> str:
