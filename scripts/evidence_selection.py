@@ -39,7 +39,7 @@ NAMES = {
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 FORWARD = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients
-KNOWN = {"entropy_minus_loss": 6}  # pools that were known when a score was found, where they are not the first three
+KNOWN = {("entropy_minus_loss", "wrong 30 %"): 6}  # pools known when a score was found, where not the first three
 WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "tail"),
@@ -169,7 +169,7 @@ def with_later_pools(base: str, world: str) -> str:
 
     for scorer, fraction in product((*FORWARD, "judge"), (0.5, 0.2)):
         mine = pools(scorer, fraction)
-        known = {pool for pool in mine if pool < KNOWN.get(scorer, len(runs(base, world, "full")))}
+        known = {pool for pool in mine if pool < KNOWN.get((scorer, world), len(runs(base, world, "full")))}
         cells = []
         for over in ("full", "random"):
             theirs = pools(over, fraction)
@@ -379,7 +379,7 @@ def settings(world: str) -> str:
 
 
 def warm_up() -> str:
-    """Scores that need no gradients by other warm-ups of the proxy, minus those by the default one, paired."""
+    """Scores that need no gradients, and the bake-off, by other warm-ups of the proxy, minus by the default, paired."""
     paths = sorted((RESULTS / "scoring_settings").glob("*.json"))
     rows_of = (row for path in paths for row in json.loads(path.read_text())["rows"])
     found = [row for row in rows_of if row["setting"].startswith(FORWARD) and row["scorer"] in FORWARD]
@@ -402,7 +402,23 @@ def warm_up() -> str:
                 mine, usual = of(setting, fraction, world, base), of(scorer, fraction, world, base)
                 cells += [mean_of(mine), difference(mine, usual) if warm else ""]
             rows.append(cells)
-    return table(["world", "score", "warm-up", "at 50 %", "over the default", "at 20 %", "over the default"], rows)
+    for world in dict.fromkeys(row["world"] for row in cold_rows()):
+        cold = by_pool(row for row in cold_rows() if (row["world"], row["scorer"]) == (world, "auto"))
+        warm = runs("blurred", world, "auto") | later_runs("blurred", world, "auto", None)
+        usual = {pool: warm[pool] for pool in cold}
+        rows.append([f"{world} ({len(cold)})", NAMES["auto"], "the default, 5 %", mean_of(usual), "", "", ""])
+        rows.append(
+            [f"{world} ({len(cold)})", NAMES["auto"], "warm-up 0 %", mean_of(cold), difference(cold, usual), "", ""]
+        )
+    return table(
+        ["world", "score", "warm-up", "at 50 %, or chosen", "over the default", "at 20 %", "over the default"], rows
+    )
+
+
+@cache
+def cold_rows() -> list[Row]:
+    """Of pools that were scored, and raced, without warm-up of the proxy."""
+    return [row for path in sorted((RESULTS / "cold").glob("*.json")) for row in json.loads(path.read_text())["rows"]]
 
 
 def transfer() -> str:

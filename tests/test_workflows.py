@@ -115,6 +115,7 @@ def test_running_again_computes_nothing(finished, recipe_path, monkeypatch):
         Workflow(run).run_all()
 
 
+@pytest.mark.timeout(900)  # the program starts seven times: minutes on a busy machine
 def test_a_run_killed_again_and_again_ends_with_the_same_results(finished, recipe_path):
     """SIGKILL at many points; work that has a done-record is never done again; the results are equal to the byte."""
     folder = recipe_path.parent / "killed"
