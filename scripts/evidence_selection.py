@@ -156,7 +156,7 @@ def later_rows(base: str) -> dict[str, list[Row]]:
 
 def later_runs(base: str, world: str, scorer: str, fraction: float | None) -> Pools:
     fraction = None if scorer in WHOLE else fraction
-    same = (row for row in later_rows(base)[world] if row["scorer"] == scorer)
+    same = (row for row in later_rows(base).get(world, ()) if row["scorer"] == scorer)
     return by_pool(row for row in same if fraction in (None, row["fraction"]))
 
 
