@@ -41,8 +41,6 @@ FEWER_DRAWS = 3  # of the regressions that tune trees: seconds a fit
 SLOW = ("regmix_tuned", "gaussian_process")
 METRICS = ("probability", "loss", "exact_match")
 KEY = ("world", "base", "adapter", "seed", "train_seed", "metric", "predictor", "runs")  # of a row
-
-
 Values = dict[str, np.ndarray]  # by metric, of trained and merged models: [N, V]
 
 
@@ -175,7 +173,7 @@ def targets_of(row: dict[str, Any], values: Values) -> np.ndarray:
 
 
 def cases(
-    row: dict[str, Any], metrics: Sequence[str], values: Values, other: Values | None
+    row: dict[str, Any], metrics: Sequence[str], values: Values, other: Values | None = None
 ) -> Iterator[tuple[str, Case]]:
     """The design of a training by these metrics, judged by another training where there is one."""
     judged = other or values
@@ -213,7 +211,7 @@ def main() -> None:
                     values.append(means(training))
                 else:
                     values.append(load(run_folder(args.runs, *about.values(), seeds[0], training["train_seed"])))
-            for metric, case in cases(row, args.metrics, values[0], values[1] if others else None):
+            for metric, case in cases(row, args.metrics, *values):
                 spread = float(np.ptp(case.judged_N[case.inner]))
                 which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
                 found = list(regression_curves(case, seeds[0], args.regressions))

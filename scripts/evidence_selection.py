@@ -51,9 +51,13 @@ Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
 
 
 @cache
+def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
+    """All rows of the results in a folder, file by file."""
+    return [row for path in sorted((RESULTS / folder).glob(pattern)) for row in json.loads(path.read_text())["rows"]]
+
+
 def selection_rows(base: str) -> list[Row]:
-    paths = sorted((RESULTS / "selection").glob(f"*-{base}-*.json"))
-    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    return rows_in("selection", f"*-{base}-*.json")
 
 
 def worlds(base: str) -> list[str]:
@@ -147,9 +151,8 @@ def like_lengths(base: str) -> str:
 @cache
 def later_rows(base: str) -> dict[str, list[Row]]:
     """Of pools drawn after the rules were settled, by world."""
-    paths = sorted((RESULTS / "later_pools").glob(f"*-{base}-*.json"))
     found: dict[str, list[Row]] = {}
-    for row in (row for path in paths for row in json.loads(path.read_text())["rows"]):
+    for row in rows_in("later_pools", f"*-{base}-*.json"):
         found.setdefault(row["world"], []).append(row)
     return found
 
@@ -350,8 +353,7 @@ def costs(base: str) -> str:
 def settings(world: str) -> str:
     """What one changed setting of the exact score does: separation and trained models, with gains over the default."""
     slug = world.replace(" %", "").replace(" ", "-")
-    paths = sorted((RESULTS / "scoring_settings").glob(f"{slug}-blurred-*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["scorer"] in ONE_STEP]
+    found = [row for row in rows_in("scoring_settings", f"{slug}-blurred-*.json") if row["scorer"] in ONE_STEP]
 
     def of(setting: str, fraction: float) -> Pools:
         return by_pool(r for r in found if (r["setting"], r["fraction"]) == (setting, fraction))
@@ -380,9 +382,8 @@ def settings(world: str) -> str:
 
 def warm_up() -> str:
     """Scores that need no gradients, and the bake-off, by other warm-ups of the proxy, minus by the default, paired."""
-    paths = sorted((RESULTS / "scoring_settings").glob("*.json"))
-    rows_of = (row for path in paths for row in json.loads(path.read_text())["rows"])
-    found = [row for row in rows_of if row["setting"].startswith(FORWARD) and row["scorer"] in FORWARD]
+    tried, raced_cold = rows_in("scoring_settings"), [row for row in rows_in("cold") if row["scorer"] == "auto"]
+    found = [row for row in tried if row["setting"].startswith(FORWARD) and row["scorer"] in FORWARD]
 
     def of(setting: str, fraction: float, world: str, base: str) -> Pools:
         wanted = (setting, fraction, world, base)
@@ -402,8 +403,8 @@ def warm_up() -> str:
                 mine, usual = of(setting, fraction, world, base), of(scorer, fraction, world, base)
                 cells += [mean_of(mine), difference(mine, usual) if warm else ""]
             rows.append(cells)
-    for world in dict.fromkeys(row["world"] for row in cold_rows()):
-        cold = by_pool(row for row in cold_rows() if (row["world"], row["scorer"]) == (world, "auto"))
+    for world in dict.fromkeys(row["world"] for row in raced_cold):
+        cold = by_pool(row for row in raced_cold if row["world"] == world)
         warm = runs("blurred", world, "auto") | later_runs("blurred", world, "auto", None)
         usual = {pool: warm[pool] for pool in cold}
         rows.append([f"{world} ({len(cold)})", NAMES["auto"], "the default, 5 %", mean_of(usual), "", "", ""])
@@ -415,16 +416,9 @@ def warm_up() -> str:
     )
 
 
-@cache
-def cold_rows() -> list[Row]:
-    """Of pools that were scored, and raced, without warm-up of the proxy."""
-    return [row for path in sorted((RESULTS / "cold").glob("*.json")) for row in json.loads(path.read_text())["rows"]]
-
-
 def transfer() -> str:
     """Scores of a small proxy against those of the larger model that is trained."""
-    paths = sorted((RESULTS / "transfer").glob("*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    found = rows_in("transfer")
     rows = []
     for world, size in dict.fromkeys((row["world"], row["size"]) for row in found):
         same = [row for row in found if (row["world"], row["size"]) == (world, size)]
@@ -448,8 +442,7 @@ def transfer() -> str:
 
 def other_losses() -> str:
     """AUC of losses under tuned proxies, and accuracy of models trained where they are lowest, mean over pools."""
-    paths = sorted((RESULTS / "other_losses").glob("*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    found = rows_in("other_losses")
     names = list(dict.fromkeys(row["world"] for row in found))
     rows = []
     for score, steps in dict.fromkeys((row["score"], row["steps"]) for row in found):
@@ -467,8 +460,7 @@ def other_losses() -> str:
 
 def second_look() -> str:
     """What is kept by losses of proxies that learnt from what was kept, and what training on it gives, by round."""
-    paths = sorted((RESULTS / "second_look").glob("*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    found = rows_in("second_look")
     names = list(dict.fromkeys(row["world"] for row in found))
     rows = []
     for scorer, fraction, number in dict.fromkeys((r["scorer"], r["fraction"], r["round"]) for r in found):
