@@ -10,7 +10,10 @@ questions the long one answers rightly. Rules are then compared on the rows alon
 would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
 selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
 
-With `--scorer` the arms are those of one scorer that needs no probes, in files of their own.
+With `--scorer` the arms are those of one scorer, in files of their own; `--set` changes settings of the recipe for it:
+
+    python experiments/bakeoff_rules.py --scorer low_loss --set score.warmup_fraction=0 --runs runs/cold \\
+        --out experiments/results/bakeoff_rules_cold
 
 With `--items` so many further items of each target judge, drawn for it and seen by nothing else, and only the arms of
 the default race are trained: what would more target items be worth? Three minutes a pool and seed.
@@ -47,7 +50,7 @@ ARMS = (
 )
 ALONE = {
     scorer: tuple(Job(scorer, fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-    for scorer in ("low_loss_by_length", "visual_gain", "entropy_minus_loss")
+    for scorer in ("low_loss", "low_loss_by_length", "visual_gain", "entropy_minus_loss", "calibrated")
 }
 RACED = tuple(
     job for job in (*ARMS, *itertools.chain(*ALONE.values())) if job.scorer != "less" and job.fraction != 0.65
@@ -85,11 +88,18 @@ def further_items(name: str, seed: int, count: int, folder: Path) -> dict[str, l
 
 
 def run_world(
-    name: str, base: str, seed: int, train_seeds: Sequence[int], folder: Path, further: int | None, scorer: str | None
+    name: str,
+    base: str,
+    seed: int,
+    train_seeds: Sequence[int],
+    folder: Path,
+    further: int | None,
+    scorer: str | None,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    # a bake-off, which keeps half of the target items for judging, but without probes
-    where = ((f"select.bakeoff_arms=[{scorer}]",), scorer) if scorer else ((), "run")
-    with open_world(name, base, seed, folder, *where) as world:
+    # a bake-off, which keeps half of the target items for judging
+    overrides, run = ((f"select.bakeoff_arms=[{scorer}]", *settings), scorer) if scorer else (tuple(settings), "run")
+    with open_world(name, base, seed, folder, overrides, run) as world:
         work = world.workflow
         judges = {sample.id for samples in work._target_items("judge").values() for sample in samples}
         targets: Mapping[str, Sequence[Sample]] = work.targets
@@ -128,10 +138,11 @@ def main() -> None:
     parser.add_argument("--train-seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--items", type=int, help="further items of each target that judge in the place of its own")
     parser.add_argument("--scorer", choices=list(ALONE), help="these arms alone")
+    parser.add_argument("--set", nargs="+", default=[], help="settings of the recipe; with folders of their own")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items, args.scorer)
+        found = run_world(name, args.base, seed, args.train_seeds, args.runs / place, args.items, args.scorer, args.set)
         parts = [place, *([args.scorer] if args.scorer else []), *([f"{args.items}-items"] if args.items else [])]
         write_json(args.out / f"{'-'.join(parts)}.json", found)
         rows = found["rows"]

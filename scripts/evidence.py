@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "costs": evidence_selection.costs,
     "settings": lambda world: evidence_selection.settings(world.replace("_", " ")),
     "warm_up": evidence_selection.warm_up,
+    "raced_cold": evidence_selection.raced_cold,
     "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,
     "second_look": evidence_selection.second_look,

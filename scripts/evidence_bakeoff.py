@@ -17,6 +17,7 @@ from evidence_tables import table
 RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
 FURTHER = "-items.json"  # how the names of results end where further items judge
+COLD = "bakeoff_rules_cold"
 ALONE = ("low_loss_by_length", "visual_gain", "entropy_minus_loss")  # and where they hold the arms of one scorer
 DRAWS = 20
 LOST = 0.02  # against full SFT
@@ -81,6 +82,28 @@ RULES = {
     "the same, LESS too": Rule((*RACED, *LESS)),
     "the same, LESS and 65 % of both low losses too": Rule((*RACED, *LESS, *MORE)),
 }
+COLD_RULES = {
+    "full SFT always": Rule((FULL,)),
+    "low loss by length 50 % always": Rule(LIKE[1:2]),
+    "low loss by length 80 % always": Rule(LIKE[2:]),
+    "entropy minus loss 20 % always": Rule(ENTROPY[:1]),
+    "entropy minus loss 50 % always": Rule(ENTROPY[1:2]),
+    "entropy minus loss 80 % always": Rule(ENTROPY[2:]),
+    **{
+        name: Rule((FULL, RANDOM, *raced), runs=("part", "long"))
+        for name, raced in (
+            ("low loss raced", LOW),
+            ("low loss by length raced", LIKE),
+            ("entropy minus loss raced", ENTROPY),
+            ("low loss by length and entropy minus loss raced", (*LIKE, *ENTROPY)),
+            ("low loss and low loss by length raced", (*LOW, *LIKE)),
+            ("low loss and entropy minus loss raced", (*LOW, *ENTROPY)),
+            ("both low losses and OST raced", (*LOW, *LIKE, *OST)),
+            ("both low losses and entropy minus loss raced", (*LOW, *LIKE, *ENTROPY)),
+            ("all four raced", (*LOW, *LIKE, *ENTROPY, *OST)),
+        )
+    },
+}
 HALF = ("half", "half")
 PARTS = {
     "short runs alone, on all that an arm keeps": Rule(RACED, best=99, runs=("short", "short")),
@@ -130,12 +153,18 @@ class Pool:
     seeds: tuple[int, ...]
 
     @classmethod
-    def read(cls, path: Path) -> "Pool":
+    def read(cls, path: Path, cold: bool = False) -> "Pool":
+        """`cold`: arms of scores of a proxy without warm-up in the place of those with it, where there are any."""
         found = json.loads(path.read_text())
         rows = found["rows"]
         for scorer in ALONE:
             more = path.with_name(f"{path.stem}-{scorer}.json")
             rows += json.loads(more.read_text())["rows"] if more.exists() else []
+        if cold:
+            others = sorted((RESULTS / COLD).glob(f"{path.stem}-*.json"))
+            instead = [row for other in others for row in json.loads(other.read_text())["rows"]]
+            replaced = {row["scorer"] for row in instead}
+            rows = [*(row for row in rows if row["scorer"] not in replaced), *instead]
         values: dict[tuple[int, Arm, str], np.ndarray] = {}
         accuracy = {}
         for row in rows:
@@ -229,9 +258,17 @@ def parts() -> str:
     return _rules(PARTS)
 
 
-def _rules(rules: Mapping[str, Rule]) -> str:
+def cold_rules(warm_up: str) -> str:
+    """The same for arms of a proxy without warm-up ("0"), or with the usual one ("5"), on the pools that have both."""
+    found = {path.stem.rsplit("-", 1)[0] for path in (RESULTS / COLD).glob("*.json")}
+    paths = [RESULTS / "bakeoff_rules" / f"{stem}.json" for stem in sorted(found)]
+    return _rules(COLD_RULES, [Pool.read(path, cold=warm_up == "0") for path in paths])
+
+
+def _rules(rules: Mapping[str, Rule], pools: Sequence[Pool] | None = None) -> str:
     wanted = {run for rule in rules.values() for run in rule.runs}
-    pools = [pool for pool in read_pools() if all((pool.seeds[0], FULL, run) in pool.value_V for run in wanted)]
+    if pools is None:
+        pools = [pool for pool in read_pools() if all((pool.seeds[0], FULL, run) in pool.value_V for run in wanted)]
     worlds = list(dict.fromkeys(pool.world for pool in pools))
     rows = []
     for name, rule in rules.items():
@@ -265,7 +302,7 @@ def noise() -> str:
     return table(["of what", "standard error"], [*rows, ["held-out accuracy by the seed of training", f"{luck:.3f}"]])
 
 
-def best_arms(pools: list[Pool], worlds: list[str]) -> list[float]:
+def best_arms(pools: Sequence[Pool], worlds: list[str]) -> list[float]:
     """Gain of the arm that is best over all trainings of a pool, by world: more than any rule can reach."""
     found: dict[str, list[float]] = {world: [] for world in worlds}
     for pool in pools:

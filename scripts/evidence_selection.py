@@ -1,7 +1,7 @@
 """The rows of experiments/selection.py and scoring_settings.py in, tables about selection out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -163,19 +163,20 @@ def later_runs(base: str, world: str, scorer: str, fraction: float | None) -> Po
     return by_pool(row for row in same if fraction in (None, row["fraction"]))
 
 
+def either(base: str, world: str, scorer: str, fraction: float | None) -> Pools:
+    """Of the first pools and of later ones."""
+    return runs(base, world, scorer, fraction) | later_runs(base, world, scorer, fraction)
+
+
 def with_later_pools(base: str, world: str) -> str:
     """Gains over full SFT and over random on the pools that were known when an arm was found, on later ones, on all."""
     world, rows = world.replace("_", " "), []
-
-    def pools(scorer: str, fraction: float) -> Pools:
-        return runs(base, world, scorer, fraction) | later_runs(base, world, scorer, fraction)
-
     for scorer, fraction in product((*FORWARD, "judge"), (0.5, 0.2)):
-        mine = pools(scorer, fraction)
+        mine = either(base, world, scorer, fraction)
         known = {pool for pool in mine if pool < KNOWN.get((scorer, world), len(runs(base, world, "full")))}
         cells = []
         for over in ("full", "random"):
-            theirs = pools(over, fraction)
+            theirs = either(base, world, over, fraction)
             for chosen in (known, mine.keys() - known, mine.keys()):
                 cells.append(difference(*({n: found[n] for n in chosen} for found in (mine, theirs))))
         rows.append([f"{NAMES[scorer]} {fraction:.0%} ({len(known)} + {len(mine) - len(known)})", *cells])
@@ -381,39 +382,62 @@ def settings(world: str) -> str:
 
 
 def warm_up() -> str:
-    """Scores that need no gradients, and the bake-off, by other warm-ups of the proxy, minus by the default, paired."""
-    tried, raced_cold = rows_in("scoring_settings"), [row for row in rows_in("cold") if row["scorer"] == "auto"]
-    found = [row for row in tried if row["setting"].startswith(FORWARD) and row["scorer"] in FORWARD]
+    """Scores that need no gradients by other warm-ups of the proxy, minus by the default, paired."""
+    tried = [row for row in rows_in("scoring_settings") if row["setting"].startswith(FORWARD)]
+    cold = [{**row, "setting": f"{row['scorer']}, warm-up 0 %"} for row in rows_in("cold") if row["scorer"] in FORWARD]
 
-    def of(setting: str, fraction: float, world: str, base: str) -> Pools:
-        wanted = (setting, fraction, world, base)
-        return by_pool(r for r in found if (r["setting"], r["fraction"], r["world"], r["base"]) == wanted)
+    def of(world: str, base: str, setting: str, fraction: float) -> Pools:
+        wanted = (world, base, setting, fraction)
+        same = (r for r in (*tried, *cold) if (r["world"], r["base"], r["setting"], r["fraction"]) == wanted)
+        return by_pool(same)
 
     rows = []
-    for world, base in dict.fromkeys((row["world"], row["base"]) for row in found):
-        for setting in dict.fromkeys(row["setting"] for row in found if (row["world"], row["base"]) == (world, base)):
-            scorer, _, warm = setting.partition(", ")
-            pools = len(of(setting, 0.5, world, base))
-            cells = [
-                f"{world}{', strongly blurred' * (base != 'blurred')} ({pools})",
-                NAMES[scorer],
-                warm or "the default, 5 %",
-            ]
-            for fraction in (0.5, 0.2):
-                mine, usual = of(setting, fraction, world, base), of(scorer, fraction, world, base)
-                cells += [mean_of(mine), difference(mine, usual) if warm else ""]
-            rows.append(cells)
-    for world in dict.fromkeys(row["world"] for row in raced_cold):
-        cold = by_pool(row for row in raced_cold if row["world"] == world)
-        warm = runs("blurred", world, "auto") | later_runs("blurred", world, "auto", None)
-        usual = {pool: warm[pool] for pool in cold}
-        rows.append([f"{world} ({len(cold)})", NAMES["auto"], "the default, 5 %", mean_of(usual), "", "", ""])
-        rows.append(
-            [f"{world} ({len(cold)})", NAMES["auto"], "warm-up 0 %", mean_of(cold), difference(cold, usual), "", ""]
-        )
-    return table(
-        ["world", "score", "warm-up", "at 50 %, or chosen", "over the default", "at 20 %", "over the default"], rows
-    )
+    found = sorted({(r["world"], r["base"], r["setting"]) for r in (*tried, *cold) if "," in r["setting"]})
+    for world, base, setting in found:
+        scorer, _, warm = setting.partition(", ")
+        cells = []
+        for fraction in (0.5, 0.2):
+            mine = of(world, base, setting, fraction)
+            usual = either(base, world, scorer, fraction) | of(world, base, scorer, fraction)
+            cells += [mean_of({pool: usual[pool] for pool in mine}), mean_of(mine), difference(mine, usual)]
+        name = f"{world}{', strongly blurred' * (base != 'blurred')} ({len(mine)})"
+        rows.append([name, NAMES[scorer], warm.removeprefix("warm-up "), *cells])
+    head = [cell for share in ("at 50 %", "at 20 %") for cell in (f"{share}, by 5 %", "by this", "difference")]
+    return table(["world", "score", "warm-up", *head], rows)
+
+
+def raced_cold() -> str:
+    """What the bake-off chooses without warm-up of the proxy, minus with it and minus what a user would else do."""
+    autos = [row for row in rows_in("cold", "*-blurred-*.json") if row["scorer"] == "auto"]
+    others = {
+        "auto, warm-up 5 %": ("auto", None),
+        "full SFT": ("full", None),
+        "low loss 50 %": ("low_loss", 0.5),
+        "low loss 80 %": ("low_loss", 0.8),
+        "clean samples only": ("oracle", None),
+    }
+    mine: dict[str, Pools] = {}
+    theirs: dict[str, dict[str, Pools]] = {name: {} for name in others}
+    for world in sorted({row["world"] for row in autos}):
+        mine[world] = by_pool(row for row in autos if row["world"] == world)
+        for name, (scorer, fraction) in others.items():
+            found = either("blurred", world, scorer, fraction)
+            theirs[name][world] = {pool: found[pool] for pool in mine[world]}
+    rows = [
+        [f"{world} ({len(mine[world])})", mean_of(mine[world])]
+        + [cell for other in theirs.values() for cell in (mean_of(other[world]), difference(mine[world], other[world]))]
+        for world in mine
+    ]
+    every, all_others = in_one(mine), {name: in_one(other) for name, other in theirs.items()}
+    cells = [cell for other in all_others.values() for cell in (mean_of(other), difference(every, other))]
+    rows.append([f"all ({len(every)})", mean_of(every), *cells])
+    head = [cell for name in others for cell in (name, "minus it")]
+    return table(["world", "auto, warm-up 0 %", *head], rows)
+
+
+def in_one(worlds: Mapping[str, Pools]) -> Pools:
+    """The pools of several worlds, numbered through."""
+    return dict(enumerate(right for pools in worlds.values() for _, right in sorted(pools.items())))
 
 
 def transfer() -> str:

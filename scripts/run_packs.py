@@ -4,7 +4,7 @@
 
 For every seed: `examples/packs.yaml` end to end, and beside it the full pool, a random half, and the half and the four
 fifths of lowest loss, of the domain or among answers of like length, trained at equal compute. `--arms` takes some of
-them. `--race`: the bake-off alone, for what it would choose. Resumable: run the same command again.
+them or none. `--race`: the bake-off alone, for what it would choose. Resumable: run the same command again.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results/packs.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--race", action="store_true", help="only the bake-off")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
