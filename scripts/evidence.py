@@ -20,6 +20,7 @@ import evidence_selection
 PAGES = (Path("docs/evidence.md"), Path("README.md"))
 TABLES: dict[str, Callable[..., str]] = {
     "accuracies": lambda base, fraction: evidence_selection.accuracies(base, float(fraction)),
+    "all_worlds": evidence_selection.all_worlds,
     "gains": lambda base, fraction, over: evidence_selection.gains(base, float(fraction), over),
     "fractions": evidence_selection.fractions,
     "like_lengths": evidence_selection.like_lengths,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evidence_tables import by_pool, difference, interval, table
+from evidence_tables import Pools, by_pool, difference, interval, pooled, table
 
 RESULTS = Path("experiments/results")
 NAMES = {
@@ -47,7 +47,6 @@ COMPARED = (
     *("first_order", "less", "deita", "judge", "random", "auto"),
 )
 Row = dict[str, Any]
-Pools = dict[int, np.ndarray]  # right or wrong for every question, by pool
 
 
 @cache
@@ -118,6 +117,24 @@ def gains(base: str, fraction: float, over: str) -> str:
         if any(cells):
             rows.append([NAMES[scorer], *cells])
     return table(headed("selected", base), rows)
+
+
+def all_worlds(base: str) -> str:
+    """Gains over full SFT and over as many random samples in the mean over the pools of all worlds."""
+
+    def gain(scorer: str, fraction: float, over: str) -> str:
+        if scorer == over or (scorer == "auto" and fraction != 0.5):  # its share is its own
+            return ""
+        both = ((runs(base, world, scorer, fraction), runs(base, world, over, fraction)) for world in worlds(base))
+        return pooled(both)
+
+    rows = []
+    for scorer in COMPARED:
+        count = sum(len(runs(base, world, scorer, 0.5)) for world in worlds(base))
+        cells = [gain(scorer, fraction, "full") for fraction in (0.2, 0.5, 0.65, 0.8)]
+        rows.append([f"{NAMES[scorer]} ({count})", *cells, *(gain(scorer, share, "random") for share in (0.2, 0.5))])
+    head = [f"{share} %: over full SFT" for share in (20, 50, 65, 80)]
+    return table(["trained on (pools)", *head, "20 %: over random", "50 %: over random"], rows)
 
 
 def fractions(base: str) -> str:
@@ -236,13 +253,13 @@ def variants(base: str) -> str:
 def put_back(base: str) -> str:
     """Is what the score calls worst harmful when it is put back? Against the half alone, paired."""
     rows = []
-    for scorer in ("put back worst", "put back random"):
-        found = [difference(runs(base, w, scorer, 0.5), runs(base, w, "exact", 0.5)) for w in worlds(base)]
-        rows.append([f"{NAMES[scorer]}, minus exact 50 %", *found])
-    worst_over_random = [
-        difference(runs(base, w, "put back worst", 0.5), runs(base, w, "put back random", 0.5)) for w in worlds(base)
-    ]
-    rows.append(["the worst fifth minus a random one", *worst_over_random])
+    for name, scorer, over in (
+        (f"{NAMES['put back worst']}, minus exact 50 %", "put back worst", "exact"),
+        (f"{NAMES['put back random']}, minus exact 50 %", "put back random", "exact"),
+        ("the worst fifth minus a random one", "put back worst", "put back random"),
+    ):
+        both = [(runs(base, world, scorer, 0.5), runs(base, world, over, 0.5)) for world in worlds(base)]
+        rows.append([name, *(difference(*pair) for pair in both), pooled(both)])
     shares = []
     for world in worlds(base):
         found = [
@@ -251,8 +268,8 @@ def put_back(base: str) -> str:
             if picked(base, world, s, 0.5)
         ]
         shares.append(" / ".join(found))
-    rows.append(["faulty: half / with the worst / with random", *shares])
-    return table(headed("put back", base), rows)
+    rows.append(["faulty: half / with the worst / with random", *shares, ""])
+    return table([*headed("put back", base), "all pools"], rows)
 
 
 def kept_faults(base: str, fraction: float) -> str:
@@ -428,16 +445,10 @@ def raced_cold() -> str:
         + [cell for other in theirs.values() for cell in (mean_of(other[world]), difference(mine[world], other[world]))]
         for world in mine
     ]
-    every, all_others = in_one(mine), {name: in_one(other) for name, other in theirs.items()}
-    cells = [cell for other in all_others.values() for cell in (mean_of(other), difference(every, other))]
-    rows.append([f"all ({len(every)})", mean_of(every), *cells])
+    cells = [pooled((mine[world], other[world]) for world in mine) for other in theirs.values()]
+    rows.append([f"all ({sum(map(len, mine.values()))})", "", *(cell for found in cells for cell in ("", found))])
     head = [cell for name in others for cell in (name, "minus it")]
     return table(["world", "auto, warm-up 0 %", *head], rows)
-
-
-def in_one(worlds: Mapping[str, Pools]) -> Pools:
-    """The pools of several worlds, numbered through."""
-    return dict(enumerate(right for pools in worlds.values() for _, right in sorted(pools.items())))
 
 
 def transfer() -> str:

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from datalloy.uncertainty import bootstrap_interval
+
 RESAMPLES = 1000
+Pools = Mapping[int, np.ndarray]  # right or wrong for every question, by pool
 
 
 def by_pool(rows: Iterable[Mapping[str, Any]]) -> dict[int, np.ndarray]:
@@ -36,13 +39,25 @@ def _resampled_means(value_Q: np.ndarray, shape: tuple[int, int], rng: np.random
     return value_Q[rng.integers(len(value_Q), size=(*shape, len(value_Q)))].mean(axis=-1)
 
 
-def difference(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> str:
+def difference(one: Pools, other: Pools) -> str:
     """Mean of one minus the other with its interval, over the pools that both have; empty where there is none."""
     both = sorted(one.keys() & other.keys())
     if not both:
         return ""
     mean, low, high = interval([one[seed] - other[seed] for seed in both])
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def pooled(worlds: Iterable[tuple[Pools, Pools]]) -> str:
+    """Mean over all pools of several worlds of one minus the other; the pools that both have are drawn anew.
+
+    The luck of questions and of training is in the pools' means, so it is not drawn a second time.
+    """
+    gains = [float((one[seed] - other[seed]).mean()) for one, other in worlds for seed in sorted(one.keys() & other)]
+    if not gains:
+        return ""
+    low, high = bootstrap_interval(np.array(gains), confidence=0.95, resamples=10_000, seed=0)
+    return f"{np.mean(gains):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
