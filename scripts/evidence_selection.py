@@ -1,7 +1,7 @@
 """The rows of experiments/selection.py and scoring_settings.py in, tables about selection out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
