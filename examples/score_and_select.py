@@ -17,7 +17,7 @@ name: example
 base: tiny
 domains: {chart: {path: chart.jsonl}, counting: {path: counting.jsonl}}
 targets: {goal: {path: chart.target.jsonl}}
-score: {method: low_loss, warmup_fraction: 0}  # take this line out for the bake-off, which takes minutes
+score: {method: low_loss}  # take this line out for the bake-off, which takes minutes
 select: {keep_fraction: 0.5}
 """
 

@@ -12,7 +12,8 @@ four samples of five; `deita` multiplies that judge's verdict by a word on diffi
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `visual gain` two. `auto` is the
-bake-off of the default recipe; its row says what it chose and what it cost. Resumable: what has a record in --runs is
+bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed
+up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up. Resumable: what has a record in --runs is
 not computed again, and rows are gathered from the records; rows of phases that are not asked for stay in the file.
 About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`. `scripts/evidence.py` makes tables of
 docs/evidence.md.
@@ -98,7 +99,7 @@ targets:
 evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
-score: {{method: auto, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
+score: {{method: auto, warmup_fraction: 0.05, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
 select:
   drop_toxic: false
   bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain, entropy_minus_loss]

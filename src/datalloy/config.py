@@ -161,7 +161,9 @@ class Score(Section):
     scope: Literal["full", "decoder"] = Field("full", description="Parameters the step touches: all, or the decoder.")
     tail_layers: Count = Field(1, description="Decoder layers the tail step touches.")
     warmup_fraction: Share = Field(
-        0.05, description="Share of the pool the proxy is tuned on before it scores (OST: 5 % is the best setting)."
+        0.0,
+        description="Share of the pool the proxy is tuned on before it scores. OST's paper finds 5 % best; here none "
+        "is as good, and better where much is wrong: a proxy that learns the pool learns its faults (docs/evidence.md).",
     )
     target_items: Count = Field(
         100,

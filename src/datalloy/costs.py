@@ -69,7 +69,8 @@ def _stages(
     scoring = {name: min(count // half, recipe.score.target_items) for name, count in items.items()}
     used = sum(scoring.values())
     seen = recipe.train.samples if recipe.train.protocol == "fixed_compute" else recipe.train.epochs * pool
-    yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
+    if recipe.score.warmup_fraction:
+        yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
     if set(methods) - {*scorers.BASELINES, *scorers.WITHOUT_PROBES}:
         scans = 2 if "tail" in methods else 1

@@ -33,7 +33,6 @@ evaluation:
 # low_loss_by_length (among answers of like length: keeps long, hard ones that low_loss drops) ...
 score:
   method: auto
-  warmup_fraction: 0.05
 
 # What is kept. auto: the same short runs decide the fraction, for at most bakeoff_epochs passes over the pool.
 select:

@@ -140,7 +140,7 @@ class Workflow:
         return {name: EncodedSamples(vlm, samples, max_tokens=limit) for name, samples in groups.items()}
 
     def warm_up(self) -> VLM:
-        """The proxy, tuned on a small random part of the pool (OST: a cold or a converged proxy ranks worse)."""
+        """The proxy, tuned on `score.warmup_fraction` of the pool, drawn at random; by default as it is."""
         fraction = self.recipe.score.warmup_fraction
         if fraction == 0:
             return self._proxy_base

@@ -57,7 +57,7 @@ targets:
 evaluation:
   chart-holdout: {path: data/chart.holdout.jsonl, metric: exact_match}
   counting-holdout: {path: data/counting.holdout.jsonl, metric: exact_match}
-score: {method: auto, target_items: 48, probes: 96, warmup_fraction: 0.05}
+score: {method: auto, target_items: 48, probes: 96}
 select: {keep_fraction: auto, bakeoff_epochs: 13}
 mixture: {objective: mean, verify_runs: 3, confirm_runs: 1}
 train:
