@@ -162,8 +162,8 @@ class Score(Section):
     tail_layers: Count = Field(1, description="Decoder layers the tail step touches.")
     warmup_fraction: Share = Field(
         0.0,
-        description="Share of the pool the proxy is tuned on before it scores. OST's paper finds 5 % best; here none "
-        "is as good, and better where much is wrong: a proxy that learns the pool learns its faults (docs/evidence.md).",
+        description="Share of the pool the proxy is tuned on before it scores. OST's paper finds 5 % best; measured "
+        "here, none is as good, and better where much is wrong: what learns the pool learns its faults.",
     )
     target_items: Count = Field(
         100,
