@@ -1,6 +1,6 @@
 """Finished demo folders in, one JSON with the figures of all seeds and a Markdown table out.
 
-for s in 0 1 2; do datalloy demo --folder demo-$s --seed $s; done
+for s in 0 1 2; do datalloy demo --folder demo-$s --seed $s --grid; done
 python scripts/collect_demo.py demo-0 demo-1 demo-2 --out experiments/results/demo.json
 """
 

@@ -186,10 +186,14 @@ def test_a_model_without_a_weight_is_refused(model, capsys):
     assert "is not PATH=WEIGHT" in capsys.readouterr().err
 
 
-def test_demo_prints_its_lines(monkeypatch, capsys):
-    monkeypatch.setattr("datalloy.tiny.demo.run_demo", lambda folder, seed: iter([f"{folder} {seed}", "report.html"]))
-    assert cli.answer(["demo", "--folder", "here", "--seed", "3"]) == 0
-    assert capsys.readouterr().out == "here 3\nreport.html\n"
+@pytest.mark.parametrize("grid", [[], ["--grid"]])
+def test_demo_prints_its_lines(grid, monkeypatch, capsys):
+    def run_demo(folder, seed, *, with_grid):
+        return iter([f"{folder} {seed} {with_grid}", "report.html"])
+
+    monkeypatch.setattr("datalloy.tiny.demo.run_demo", run_demo)
+    assert cli.answer(["demo", "--folder", "here", "--seed", "3", *grid]) == 0
+    assert capsys.readouterr().out == f"here 3 {bool(grid)}\nreport.html\n"
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "report", "init", "demo"])

@@ -301,11 +301,14 @@ DEMO_FOLDER = Path("datalloy-demo")
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the drawn data and the run go.")] = DEMO_FOLDER,
     seed: Annotated[int, typer.Option(help="Seed of the drawn pool.")] = 0,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Also train a grid of mixtures, to hold the search against.")
+    ] = False,
 ) -> None:
-    """Run the main job on the embedded model and a drawn pool with known faults: a few minutes on a laptop."""
+    """Run the main job on the embedded model and a drawn pool with known faults: ten minutes on a laptop."""
     from datalloy.tiny.demo import run_demo
 
-    for line in run_demo(folder, seed):
+    for line in run_demo(folder, seed, with_grid=grid):
         print(line, flush=True)
 
 

@@ -1,8 +1,9 @@
 """A folder and a seed in, the main job on a drawn pool out: what was chosen, and whether it was right.
 
 The pool has known faults (truth.jsonl), so what a real user can never see is printed here: how much of what was
-called toxic truly was faulty, how models trained on other selections do at equal compute, and what a grid of mixtures
-that were all really trained would have found. The recipe is an ordinary one; only this file reads the truth.
+called toxic truly was faulty, how models trained on other selections do at equal compute, and, where it is asked for,
+what a grid of mixtures that were all really trained would have found. The recipe is an ordinary one; only this file
+reads the truth.
 """
 
 import json
@@ -70,10 +71,10 @@ evaluate: {max_new_tokens: 12, batch_size: 100}
 """
 
 
-def run_demo(folder: Path, seed: int) -> Iterator[str]:
+def run_demo(folder: Path, seed: int, *, with_grid: bool) -> Iterator[str]:
     """Draw the pool, run the recipe, train what it is held against at equal compute; yields the lines of the tables.
 
-    The figures are also written to `demo.json`.
+    `with_grid`: a grid of mixtures is trained too. The figures are also written to `demo.json`.
     """
     data, recipe_path = folder / "data", folder / "recipe.yaml"
     if not (folder / "drawn").exists():
@@ -86,7 +87,9 @@ def run_demo(folder: Path, seed: int) -> Iterator[str]:
         scores = workflow.score()
         method = scores.metadata["method"]  # the fast utility; another one where it disagreed with exact
         workflow.compare({**ARMS, OST: Arm(method, OST_FRACTION, "domain")})
-        grid_found, folders = _train_grid(workflow)
+        folders, verdict = _reference_mixtures(workflow), workflow.verify().to_json()
+        if with_grid:
+            verdict["grid"], folders["best of the grid"] = _train_grid(workflow)
         for name, checkpoint in folders.items():
             workflow.evaluate_model(name, checkpoint)
         agreements = {
@@ -98,17 +101,29 @@ def run_demo(folder: Path, seed: int) -> Iterator[str]:
             "models": _comparison(run.folder, list(folders)),
             "agreements": agreements,
             "toxic": _toxic(scores, run.recipe.select.toxic_confidence, read_truth(data)),
-            "mixture": {**workflow.verify().to_json(), "grid": grid_found},
+            "mixture": verdict,
         }
         write_json(folder / "demo.json", figures)
         yield from _lines(figures)
         yield str(write_report(run.folder))
 
 
-def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
+def _reference_mixtures(workflow: Workflow) -> dict[str, Path]:
+    """Checkpoints of what a user would do without a search, and of the merge where one can be written."""
+    mixing = workflow.mixing
+    folders = {
+        "uniform mixture": mixing.train_on(mixing.simplex.uniform),
+        "mixture by size": mixing.train_on(mixing.simplex.project(mixing.sizes_K)),
+    }
+    if merge := mixing.write_merge():
+        folders["merge of the experts"] = merge
+    return folders
+
+
+def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], Path]:
     """What a user without merged models would do: train every mixture of a grid and take the best on all target items.
 
-    Returns how well merged models ranked the grid, and the checkpoints worth measuring on the held-out sets.
+    Returns how well merged models ranked the grid, and the checkpoint of its best.
     """
     mixing = workflow.mixing
     weight_NK = grid(len(mixing.names), GRID_PARTS)
@@ -126,7 +141,7 @@ def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
     true_N, merged_N = (mixing.objective.score(value_NG) for value_NG in (trained.true_NG, trained.merged_NG))
     inner = ~trained.is_vertex_N
     agreement = mixture_agreement(merged_N[inner], true_N[inner], "spearman", confidence=0.95)
-    best_K, size_K = weight_NK[int(true_N.argmax())], mixing.simplex.project(mixing.sizes_K)
+    best_K = weight_NK[int(true_N.argmax())]
     found = {
         "runs": int(inner.sum()),
         "spearman": asdict(agreement),
@@ -135,14 +150,7 @@ def _train_grid(workflow: Workflow) -> tuple[dict[str, Any], dict[str, Path]]:
         "trained": true_N.tolist(),
         "merged": merged_N.tolist(),
     }
-    folders = {
-        "uniform mixture": mixing.train_on(mixing.simplex.uniform),
-        "mixture by size": mixing.train_on(size_K),
-        "best of the grid": mixing.train_on(best_K),
-    }
-    if merge := mixing.write_merge():
-        folders["merge of the experts"] = merge
-    return found, folders
+    return found, mixing.train_on(best_K)
 
 
 def _comparison(run: Path, mixtures: Sequence[str]) -> list[dict[str, Any]]:
@@ -198,15 +206,17 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _mixture_lines(mixture: dict[str, Any]) -> Iterator[str]:
-    grid_found, spent = mixture["grid"], mixture["spent"]
+    spent, grid_found = mixture["spent"], mixture.get("grid")
     shares = ", ".join(f"{name} {share:.0%}" for name, share in mixture["searched"].items())
     yield ""
     yield f"mixture found: {shares}; verdict: {mixture['verdict']}. {mixture['reason']}"
     yield (
         f"spent: {len(mixture['searched'])} experts, {spent['runs']} real runs, {spent['evaluations']} evaluations and "
-        f"{spent['slope_calls']} slopes of merged models; the grid: {grid_found['runs']} real runs"
+        f"{spent['slope_calls']} slopes of merged models"
     )
-    yield f"best of the grid by the targets: {grid_found['best']}"
+    if grid_found is None:
+        return
+    yield f"best of the grid by the targets, after {grid_found['runs']} real runs: {grid_found['best']}"
     rank = grid_found["spearman"]
     yield (
         f"merged against trained on the grid: Spearman {rank['value']:.2f} {_bracket(rank['interval'], '.2f')} over "
