@@ -36,15 +36,17 @@ NAMES = {
     "put back worst": "exact 50 % and the worst fifth",
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
+    "auto, warmed up": "the bake-off after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 FORWARD = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients
 KNOWN = {("entropy_minus_loss", "wrong 30 %"): 6}  # pools known when a score was found, where not the first three
-WHOLE = ("base", "full", "oracle", "auto")  # arms without a fraction
+AUTO = ("auto", "auto, warmed up")
+WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "tail"),
     *("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain", "mid_loss", "high_loss", "length"),
-    *("first_order", "less", "deita", "judge", "random", "auto"),
+    *("first_order", "less", "deita", "judge", "random", *AUTO),
 )
 Row = dict[str, Any]
 
@@ -55,8 +57,20 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
     return [row for path in sorted((RESULTS / folder).glob(pattern)) for row in json.loads(path.read_text())["rows"]]
 
 
+def with_default_auto(folder: str, base: str) -> list[Row]:
+    """The rows of a folder; `auto` is the bake-off of the default recipe, which does not warm the proxy up.
+
+    All other scores there are those of a proxy that was warmed up on 5 % of the pool.
+    """
+    rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
+    pools = {(row["world"], row["seed"]) for row in rows}
+    warm = [row | {"scorer": AUTO[1]} if row["scorer"] == "auto" else row for row in rows]
+    return [*warm, *(row for row in cold if row["scorer"] == "auto" and (row["world"], row["seed"]) in pools)]
+
+
+@cache
 def selection_rows(base: str) -> list[Row]:
-    return rows_in("selection", f"*-{base}-*.json")
+    return with_default_auto("selection", base)
 
 
 def worlds(base: str) -> list[str]:
@@ -76,7 +90,7 @@ def picked(
         row
         for row in selection_rows(base)
         if (row["world"], row["scorer"], row["protocol"]) == wanted
-        and (scorer == "auto" or row["within"] == within)
+        and (scorer in AUTO or row["within"] == within)
         and fraction in (None, row["fraction"])
     ]
 
@@ -123,7 +137,7 @@ def all_worlds(base: str) -> str:
     """Gains over full SFT and over as many random samples in the mean over the pools of all worlds."""
 
     def gain(scorer: str, fraction: float, over: str) -> str:
-        if scorer == over or (scorer == "auto" and fraction != 0.5):  # its share is its own
+        if scorer == over or (scorer in AUTO and fraction != 0.5):  # its share is its own
             return ""
         both = ((runs(base, world, scorer, fraction), runs(base, world, over, fraction)) for world in worlds(base))
         return pooled(both)
@@ -169,7 +183,7 @@ def like_lengths(base: str) -> str:
 def later_rows(base: str) -> dict[str, list[Row]]:
     """Of pools drawn after the rules were settled, by world."""
     found: dict[str, list[Row]] = {}
-    for row in rows_in("later_pools", f"*-{base}-*.json"):
+    for row in with_default_auto("later_pools", base):
         found.setdefault(row["world"], []).append(row)
     return found
 
@@ -211,7 +225,7 @@ def later_pools(base: str) -> str:
     for scorer, fraction in (
         *(("base", None), ("full", None), ("oracle", None), ("random", 0.5), ("judge", 0.5)),
         *product(FORWARD, (0.2, 0.5, 0.65, 0.8)),
-        ("auto", None),
+        *((name, None) for name in AUTO),
     ):
         cells = []
         for world, auto in raced.items():
@@ -297,7 +311,7 @@ def auto(base: str) -> str:
             if (r["world"], r["seed"], r["protocol"]) == (row["world"], row["seed"], "fixed compute")
         ]
         by_name = {r["scorer"]: r for r in same}
-        best = max((r for r in same if r["scorer"] not in ("auto", "oracle", "judge", "deita")), key=_accuracy)
+        best = max((r for r in same if r["scorer"] not in (*AUTO, "oracle", "judge", "deita")), key=_accuracy)
         over = row["over_base"]
         rows.append(
             [
@@ -349,7 +363,7 @@ def costs(base: str) -> str:
     """Seconds of scoring the pool in epochs; an epoch is what 20 steps more take, median over all trained models."""
     rows = selection_rows(base)
     seconds = {
-        steps: np.median([r["seconds"] for r in rows if r["steps"] == steps and r["scorer"] != "auto"] or [np.nan])
+        steps: np.median([r["seconds"] for r in rows if r["steps"] == steps and r["scorer"] not in AUTO] or [np.nan])
         for steps in (20, 40)
     }
     epoch = seconds[40] - seconds[20]
@@ -425,28 +439,24 @@ def warm_up() -> str:
 
 def raced_cold() -> str:
     """What the bake-off chooses without warm-up of the proxy, minus with it and minus what a user would else do."""
-    autos = [row for row in rows_in("cold", "*-blurred-*.json") if row["scorer"] == "auto"]
     others = {
-        "auto, warm-up 5 %": ("auto", None),
+        "auto, warm-up 5 %": (AUTO[1], None),
         "full SFT": ("full", None),
         "low loss 50 %": ("low_loss", 0.5),
         "low loss 80 %": ("low_loss", 0.8),
         "clean samples only": ("oracle", None),
     }
-    mine: dict[str, Pools] = {}
-    theirs: dict[str, dict[str, Pools]] = {name: {} for name in others}
-    for world in sorted({row["world"] for row in autos}):
-        mine[world] = by_pool(row for row in autos if row["world"] == world)
+    rows, pairs = [], {name: [] for name in others}
+    for world in sorted(worlds("blurred")):
+        mine = either("blurred", world, "auto", None)
+        cells = []
         for name, (scorer, fraction) in others.items():
             found = either("blurred", world, scorer, fraction)
-            theirs[name][world] = {pool: found[pool] for pool in mine[world]}
-    rows = [
-        [f"{world} ({len(mine[world])})", mean_of(mine[world])]
-        + [cell for other in theirs.values() for cell in (mean_of(other[world]), difference(mine[world], other[world]))]
-        for world in mine
-    ]
-    cells = [pooled((mine[world], other[world]) for world in mine) for other in theirs.values()]
-    rows.append([f"all ({sum(map(len, mine.values()))})", "", *(cell for found in cells for cell in ("", found))])
+            pairs[name].append((mine, found))
+            cells += [mean_of({pool: found[pool] for pool in mine}), difference(mine, found)]
+        rows.append([f"{world} ({len(mine)})", mean_of(mine), *cells])
+    pools = sum(len(mine) for mine, _ in pairs["full SFT"])
+    rows.append([f"all ({pools})", "", *(cell for name in others for cell in ("", pooled(pairs[name])))])
     head = [cell for name in others for cell in (name, "minus it")]
     return table(["world", "auto, warm-up 0 %", *head], rows)
 
