@@ -6,10 +6,10 @@
 For every setting the pool of that world (selection.py) is scored, the base is trained on the best half and the best
 fifth of each domain at equal compute, and answers the held-out questions. Of the exact step: its size (multiples of the
 Polyak step, where the default asks for a step that changes the targets' loss by 200 %) and its rule. Of the calibrated
-score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (without a word: 5 %), 8, 16, 64 and 128 items a
-target (default 32), the unblurred model as proxy, ranking by length. Of low loss by length and entropy minus loss,
-which need no target: the warm-up. Resumable; rows of settings that are not asked for stay in the file. Half a minute of
-one core a setting of these two, one of `calibrated`, two of `exact`, five with 128 items.
+score, which is cheaper: warm-up of the proxy on 0, 25 and 100 % of the pool (without a word: 5 %), 8, 16, 64 and 128
+items a target (default 32), the unblurred model as proxy, ranking by length. Of low loss by length and entropy minus
+loss, which need no target: the warm-up. Resumable; rows of settings that are not asked for stay in the file. Half a
+minute of one core a setting of these two, one of `calibrated`, two of `exact`, five with 128 items.
 """
 
 import json

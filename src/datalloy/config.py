@@ -163,7 +163,7 @@ class Score(Section):
     warmup_fraction: Share = Field(
         0.0,
         description="Share of the pool the proxy is tuned on before it scores. OST's paper finds 5 % best; measured "
-        "here, none is as good in the mean, better where much is wrong, worse where its kind of question is new to it.",
+        "here, none is as good in the mean, better where much is wrong, worse where the questions are new to it.",
     )
     target_items: Count = Field(
         100,
