@@ -1,7 +1,6 @@
 """The rows of experiments/selection.py and scoring_settings.py in, tables about selection out."""
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -526,25 +525,26 @@ def _mean(rows: list[Row], column: str) -> float:
     return float(np.mean([row[column] for row in rows]))
 
 
-def summary(bases: Sequence[str] = ("blurred", "shipped")) -> str:
-    """The table of the README: accuracy with its interval, over all pools, of what users would do."""
+def summary(base: str = "blurred") -> str:
+    """The table of the README: accuracy with its interval, over all pools, of what users would do, and their gains."""
+    arms = {
+        "untrained": ("base", None),
+        "full SFT": ("full", None),
+        "random 50 %": ("random", 0.5),
+        "low loss 50 %": ("low_loss", 0.5),
+        "low loss by length 50 %": ("low_loss_by_length", 0.5),
+        "entropy minus loss 65 %": ("entropy_minus_loss", 0.65),
+        "Datalloy's choice": ("auto", None),
+    }
     rows = []
-    for base in bases:
-        for world in worlds(base):
-            cells = []
-            for scorer, fraction in (
-                ("base", None),
-                ("full", None),
-                ("random", 0.5),
-                ("low_loss", 0.5),
-                ("low_loss_by_length", 0.5),
-                ("auto", None),
-            ):
-                found = runs(base, world, scorer, fraction)
-                mean, low, high = interval(list(found.values())) if found else (np.nan,) * 3
-                cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]" if found else "")
-            rows.append(
-                [f"{world} ({len(runs(base, world, 'full'))})" + ", shipped base" * (base == "shipped"), *cells]
-            )
-    halves = ("random 50 %", "low loss 50 %", "low loss by length 50 %")
-    return table(["world", "untrained", "full SFT", *halves, "Datalloy's choice"], rows)
+    for world in worlds(base):
+        found = (interval(list(runs(base, world, *arm).values())) for arm in arms.values())
+        cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in found]
+        rows.append([f"{world} ({len(runs(base, world, 'full'))})", *cells])
+    gains = [
+        ""
+        if arm[0] == "full"
+        else pooled((runs(base, world, *arm), runs(base, world, "full")) for world in worlds(base))
+        for arm in arms.values()
+    ]
+    return table(["world", *arms], [*rows, ["**all, over full SFT**", *gains]])
