@@ -7,12 +7,13 @@
         --out packs.json --commit COMMIT
 
 Every folder's advised model is called as the folder is; the models beside it keep their names. All are held against
-`full` on the same questions: intervals are 95 % over the held-out questions of a seed. Where a folder advised the full
-pool and has no model `full`, its own is that.
+`full` on the same questions: intervals are 95 % over the held-out questions, of a seed or of the mean of all seeds,
+which answer the same ones. Where a folder advised the full pool and has no model `full`, its own is that.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def difference(one: Values, other: Values) -> dict[str, Any]:
     return {"mean": mean, "interval": list(percentile_interval(drawn_RG.mean(axis=1), 0.95))}
 
 
-def read_seed(folders: dict[str, Path], seed: int) -> dict[str, Any]:
+def read_seed(folders: dict[str, Path], seed: int) -> tuple[dict[str, Any], dict[str, Values]]:
+    """What was chosen and by which machine, and the marks of all models."""
     models: dict[str, Values] = {}
     found: dict[str, Any] = {"seed": seed, "arms": {}, "kept": {}, "machines": {}}
     for name, folder in folders.items():
@@ -59,7 +61,12 @@ def read_seed(folders: dict[str, Path], seed: int) -> dict[str, Any]:
         if selection["arm"] and selection["arm"]["scorer"] == "full":
             models.setdefault("full", models[name])
     over_full = {name: difference(values, models["full"]) for name, values in models.items() if name != "full"}
-    return {**found, "means": {name: mean_over_sets(values) for name, values in models.items()}, "over full": over_full}
+    means = {name: mean_over_sets(values) for name, values in models.items()}
+    return {**found, "means": means, "over full": over_full}, models
+
+
+def over_seeds(models: Sequence[Values]) -> Values:
+    return {name: np.mean([values[name] for values in models], axis=0) for name in models[0]}
 
 
 def main() -> None:
@@ -70,8 +77,14 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="of the code that made the runs")
     args = parser.parse_args()
     folders = {name: Path(folder) for name, _, folder in (given.partition("=") for given in args.folders)}
-    rows = [read_seed(folders, seed) for seed in args.seeds]
-    write_json(args.out, {"rows": rows, "commit": args.commit})
+    rows, models = zip(*(read_seed(folders, seed) for seed in args.seeds), strict=True)
+    full = over_seeds([found["full"] for found in models])
+    whole = {
+        name: difference(over_seeds([found[name] for found in models]), full)
+        for name in models[0]
+        if name not in ("full", "base") and all(name in found for found in models)
+    }
+    write_json(args.out, {"rows": rows, "mean over full": whole, "commit": args.commit})
     print("| trained on |", " | ".join(f"seed {seed}" for seed in args.seeds), "| mean |")
     print("|---|" + "---|" * (len(args.seeds) + 1))
     for name in dict.fromkeys(name for row in rows for name in row["means"]):
@@ -79,10 +92,9 @@ def main() -> None:
         cells = [f"{mean:.3f}" if mean is not None else "" for mean in means]
         print(f"| {name} |", " | ".join([*cells, "" if None in means else f"{np.mean(means):.3f}"]), "|")
         if name not in ("full", "base"):
-            gains = [row["over full"].get(name) for row in rows]
+            gains = [*(row["over full"].get(name) for row in rows), whole.get(name)]
             cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(g["mean"], *g["interval"]) if g else "" for g in gains]
-            whole = "" if None in gains else f"{np.mean([g['mean'] for g in gains if g]):+.3f}"
-            print(f"| {name} minus full |", " | ".join([*cells, whole]), "|")
+            print(f"| {name} minus full |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

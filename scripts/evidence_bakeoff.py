@@ -49,6 +49,7 @@ class Rule:
 FORMER = (FULL, RANDOM, *LOW, *OST)  # what the default recipe raced before answers of like length were compared
 RACED = (FULL, RANDOM, *LOW, *LIKE, *OST)
 BY_LENGTH_FIRST = (FULL, RANDOM, *LIKE, *LOW, *OST)
+ENTROPY_FIRST = (FULL, RANDOM, *ENTROPY, *LOW, *LIKE, *OST)
 RULES = {
     "full SFT always": Rule((FULL,)),
     "low loss 80 % always": Rule(LOW[2:]),
@@ -119,6 +120,10 @@ PARTS = {
     "7 arms in short runs on a part, the surest lead": Rule(FORMER, runs=("part", "part"), budget=7 * FINAL_STEPS // 2),
     **{
         f"{runs} arms once, low loss by length first": Rule(BY_LENGTH_FIRST, runs=HALF, budget=runs * FINAL_STEPS // 2)
+        for runs in (3, 4, 5)
+    },
+    **{
+        f"{runs} arms once, entropy minus loss first": Rule(ENTROPY_FIRST, runs=HALF, budget=runs * FINAL_STEPS // 2)
         for runs in (3, 4, 5)
     },
     "4 arms once, near ties to what keeps most": Rule((FULL, *LOW), best=99, runs=HALF),
