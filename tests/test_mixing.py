@@ -232,6 +232,12 @@ def test_a_dry_run_counts_the_short_models_of_a_bake_off(epochs, runs, recipe_pa
     assert f"{runs} short models on 16 items" in stages["bake-off"]
 
 
+@pytest.mark.parametrize(("fraction", "is_priced"), [(0, False), (0.5, True)])
+def test_a_dry_run_prices_a_warm_up_only_where_there_is_one(fraction, is_priced, recipe_path):
+    recipe = load_recipe(recipe_path, [f"score.warmup_fraction={fraction}"])
+    assert any(line.startswith("warm-up") for line in estimate(recipe)) == is_priced
+
+
 def test_a_dry_run_knows_the_price_of_every_score(recipe_path):
     loss, visual, hooks = (scoring_operations(recipe_path, name) for name in ("low_loss", "visual_gain", "less"))
     assert visual == pytest.approx(2 * loss, rel=0.01)
