@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "auto": evidence_selection.auto,
     "rules": evidence_bakeoff.rules,
     "parts": evidence_bakeoff.parts,
+    "cold_rules": evidence_bakeoff.cold_rules,
     "noise": evidence_bakeoff.noise,
     "judging_items": evidence_bakeoff.judging_items,
     "auto_gains": evidence_selection.auto_gains,
