@@ -10,7 +10,8 @@ questions the long one answers rightly. Rules are then compared on the rows alon
 would have chosen from one seed, and what training on that gave from all others. Goes on in the pools and scores of
 selection.py where `--runs` holds them. Resumable. Two minutes of one core a pool and seed of training.
 
-With `--scorer` the arms are those of one scorer, in files of their own; `--set` changes settings of the recipe for it:
+With `--scorer` the arms are those of one scorer that needs no probes, in files of their own; `--set` changes settings
+of the recipe for it:
 
     python experiments/bakeoff_rules.py --scorer low_loss --set score.warmup_fraction=0 --runs runs/cold \\
         --out experiments/results/bakeoff_rules_cold
@@ -50,7 +51,7 @@ ARMS = (
 )
 ALONE = {
     scorer: tuple(Job(scorer, fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-    for scorer in ("low_loss", "low_loss_by_length", "visual_gain", "entropy_minus_loss", "calibrated")
+    for scorer in ("low_loss", "low_loss_by_length", "visual_gain", "entropy_minus_loss")
 }
 RACED = tuple(
     job for job in (*ARMS, *itertools.chain(*ALONE.values())) if job.scorer != "less" and job.fraction != 0.65
@@ -95,9 +96,9 @@ def run_world(
     folder: Path,
     further: int | None,
     scorer: str | None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str],
 ) -> dict[str, Any]:
-    # a bake-off, which keeps half of the target items for judging
+    # a bake-off, which keeps half of the target items for judging; of one scorer without probes
     overrides, run = ((f"select.bakeoff_arms=[{scorer}]", *settings), scorer) if scorer else (tuple(settings), "run")
     with open_world(name, base, seed, folder, overrides, run) as world:
         work = world.workflow

@@ -255,12 +255,12 @@ def judging_items() -> str:
 
 def rules() -> str:
     """Gain over full SFT of what each rule chooses, mean over pools, seeds and drawn judging items."""
-    return _rules(RULES)
+    return _rules(RULES, read_pools())
 
 
 def parts() -> str:
     """The same for races whose short runs see all that an arm keeps, or as much smaller a part of it."""
-    return _rules(PARTS)
+    return _rules(PARTS, read_pools())
 
 
 def cold_rules(warm_up: str) -> str:
@@ -270,10 +270,9 @@ def cold_rules(warm_up: str) -> str:
     return _rules(COLD_RULES, [Pool.read(path, cold=warm_up == "0") for path in paths])
 
 
-def _rules(rules: Mapping[str, Rule], pools: Sequence[Pool] | None = None) -> str:
+def _rules(rules: Mapping[str, Rule], pools: Sequence[Pool]) -> str:
     wanted = {run for rule in rules.values() for run in rule.runs}
-    if pools is None:
-        pools = [pool for pool in read_pools() if all((pool.seeds[0], FULL, run) in pool.value_V for run in wanted)]
+    pools = [pool for pool in pools if all((pool.seeds[0], FULL, run) in pool.value_V for run in wanted)]
     worlds = list(dict.fromkeys(pool.world for pool in pools))
     rows = []
     for name, rule in rules.items():

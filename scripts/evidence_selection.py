@@ -99,6 +99,13 @@ def runs(base: str, world: str, scorer: str, fraction: float | None = None, **mo
     return by_pool(picked(base, world, scorer, fraction, **more))
 
 
+def in_every_world(
+    base: str, one: tuple[str, float | None], other: tuple[str, float | None]
+) -> list[tuple[Pools, Pools]]:
+    """Two arms, each a scorer and a share, world by world."""
+    return [(runs(base, world, *one), runs(base, world, *other)) for world in worlds(base)]
+
+
 def headed(first: str, base: str) -> list[str]:
     return [first, *(f"{world} ({len(runs(base, world, 'full'))})" for world in worlds(base))]
 
@@ -138,8 +145,7 @@ def all_worlds(base: str) -> str:
     def gain(scorer: str, fraction: float, over: str) -> str:
         if scorer == over or (scorer in AUTO and fraction != 0.5):  # its share is its own
             return ""
-        both = ((runs(base, world, scorer, fraction), runs(base, world, over, fraction)) for world in worlds(base))
-        return pooled(both)
+        return pooled(in_every_world(base, (scorer, fraction), (over, fraction)))
 
     rows = []
     for scorer in COMPARED:
@@ -271,7 +277,7 @@ def put_back(base: str) -> str:
         (f"{NAMES['put back random']}, minus exact 50 %", "put back random", "exact"),
         ("the worst fifth minus a random one", "put back worst", "put back random"),
     ):
-        both = [(runs(base, world, scorer, 0.5), runs(base, world, over, 0.5)) for world in worlds(base)]
+        both = in_every_world(base, (scorer, 0.5), (over, 0.5))
         rows.append([name, *(difference(*pair) for pair in both), pooled(both)])
     shares = []
     for world in worlds(base):
@@ -541,10 +547,6 @@ def summary(base: str = "blurred") -> str:
         found = (interval(list(runs(base, world, *arm).values())) for arm in arms.values())
         cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in found]
         rows.append([f"{world} ({len(runs(base, world, 'full'))})", *cells])
-    gains = [
-        ""
-        if arm[0] == "full"
-        else pooled((runs(base, world, *arm), runs(base, world, "full")) for world in worlds(base))
-        for arm in arms.values()
-    ]
+    full = arms["full SFT"]
+    gains = ["" if arm == full else pooled(in_every_world(base, arm, full)) for arm in arms.values()]
     return table(["world", *arms], [*rows, ["**all, over full SFT**", *gains]])

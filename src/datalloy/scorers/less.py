@@ -4,7 +4,7 @@ Our reading of LESS (Xia et al. 2024, arXiv 2402.04333, sec. 3 and 4): the influ
 `cos(G(z), grad L_V)`, where `G(z)` is the gradient as Adam would step along it. The cosine takes away the length of the
 gradient, which LESS found to favour short answers. Departs from the paper:
 
-- one checkpoint, the warmed-up proxy, instead of a sum over those of a LoRA warm-up of four epochs;
+- one checkpoint, the proxy that scores, instead of a sum over those of a LoRA warm-up of four epochs;
 - `G(z) = grad l(z) / sqrt(v)` with the second moments of pool batches; the momentum, which all samples share, is
   dropped, and so is the sample's own part in v;
 - gradients of the decoder's linear layers (taps.py), in full: per-sample gradients are formed a layer at a time and
