@@ -51,7 +51,7 @@ ARMS = (
 )
 ALONE = {
     scorer: tuple(Job(scorer, fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-    for scorer in ("low_loss", "low_loss_by_length", "visual_gain", "entropy_minus_loss")
+    for scorer in ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "visual_gain", "entropy_minus_loss")
 }
 RACED = tuple(
     job for job in (*ARMS, *itertools.chain(*ALONE.values())) if job.scorer != "less" and job.fraction != 0.65

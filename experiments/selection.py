@@ -11,7 +11,7 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `visual gain` two. `auto` is the
+a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two. `auto` is the
 bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed
 up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
 
@@ -81,7 +81,7 @@ WORLDS: dict[str, PoolPlan] = {
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
-BASELINES = ("low_loss", "low_loss_by_length", "mid_loss", "high_loss", "length")
+BASELINES = ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
@@ -129,6 +129,8 @@ class Job:
 def jobs(phase: str) -> Iterator[Job]:
     if phase == "by length":
         yield from (Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+    elif phase == "by neighbours":
+        yield from (Job("low_loss_by_neighbours", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
     elif phase == "visual gain":
         yield from (Job("visual_gain", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
         yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
@@ -152,7 +154,7 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
 
 
-PHASES = ("main", "more", "by length", "visual gain", "entropy", "few")
+PHASES = ("main", "more", "by length", "by neighbours", "visual gain", "entropy", "few")
 OF_THEIR_OWN = {"visual gain": "visual_gain", "entropy": "entropy_minus_loss"}  # phases of one scorer
 
 

@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "datalloy"
 LAYERS = (
-    {"confined", "display", "diversity", "errors", "events", "regular_files", "template", "tiny.world"},
+    {"confined", "display", "diversity", "errors", "events", "regular_files", "similarity", "template", "tiny.world"},
     {"durable", "locations", "objective", "progress", "simplex"},
     {
         "accounts",

@@ -53,6 +53,43 @@ def test_by_length_a_missing_loss_stays_missing_and_takes_no_place():
     assert places_N == pytest.approx([-0.125, np.nan, -0.375, -0.875, -0.625], nan_ok=True)
 
 
+def of_two_kinds() -> Seen:
+    """40 samples of an easy kind and 40 of a hard one in each of two domains, whose losses differ by 100."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(160)
+    kind_N = np.tile(np.repeat([0, 1], 40), 2)
+    loss_N = 100.0 * kind_N + np.tile(np.arange(40.0), 4) + np.repeat([0, 1000], 80)
+    prompt_ND = np.eye(4)[kind_N] + 0.01 * rng.normal(size=(160, 4))
+    keys = [str(i) for i in order]
+    return Seen(loss_N[order], np.ones(160), np.repeat(["x", "y"], 80)[order], keys, 0, lambda: prompt_ND[order])
+
+
+def test_by_neighbours_hard_and_easy_kinds_of_every_domain_give_about_the_same_share():
+    seen = of_two_kinds()
+    kept = np.argsort(-BASELINES["low_loss_by_neighbours"](seen), kind="stable")[:80]
+    for domain in ("x", "y"):
+        losses = seen.loss_N[kept][seen.domain_N[kept] == domain] % 1000
+        assert 17 <= (losses < 100).sum() <= 23
+        assert 17 <= (losses >= 100).sum() <= 23
+    assert (seen.loss_N[kept] % 100).max() < 30
+
+
+def test_by_neighbours_is_the_median_of_the_neighbours_minus_the_loss_and_a_missing_loss_is_nobodys_neighbour():
+    loss_N = np.array([1.0, 4, np.nan, 8, 3])
+    found_N = BASELINES["low_loss_by_neighbours"](SEEN._replace(loss_N=loss_N, prompts=lambda: np.eye(5)))
+    assert found_N == pytest.approx([4 - 1, 3 - 4, np.nan, 3 - 8, 4 - 3], nan_ok=True)
+
+
+def test_by_neighbours_a_sample_alone_in_its_domain_has_zero():
+    seen = SEEN._replace(domain_N=np.array(["x", "x", "x", "x", "y"]), prompts=lambda: np.eye(5))
+    assert BASELINES["low_loss_by_neighbours"](seen)[4] == 0
+
+
+def test_by_neighbours_needs_the_prompts():
+    with pytest.raises(ValueError, match="prompts"):
+        BASELINES["low_loss_by_neighbours"](SEEN)
+
+
 def test_random_depends_on_content_and_seed_only():
     draw_N = BASELINES["random"](SEEN)
     other = Seen(np.zeros(2), np.zeros(2), np.repeat("x", 2), ["d", "a"], 0)

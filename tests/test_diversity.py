@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datalloy.diversity import UNIT, apart, facility_location
-from datalloy.embeddings import directions
+from datalloy.similarity import directions
 
 
 def draw_directions(count, seed, *, width=3, copies=0):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from datalloy.embeddings import directions, embed, from_bytes, to_bytes
+from datalloy.embeddings import embed, from_bytes, to_bytes
 from datalloy.sample import Turn
+from datalloy.vlm import IGNORED
 from drawn import draw_samples
 
 
@@ -16,6 +17,25 @@ def test_an_embedding_is_the_mean_of_the_last_states_of_the_sample_alone(proxy, 
         with torch.no_grad():
             outputs = model(**proxy.collate([sample]) | {"labels": None}, output_hidden_states=True)
         assert state_D == pytest.approx(outputs.hidden_states[-1][0].mean(dim=0).numpy(), abs=1e-4)
+
+
+def test_a_prompt_is_the_last_state_before_the_answer(proxy, pool):
+    model = proxy.copy().model
+    for state_D, sample in zip(embed(proxy, pool, "prompts"), pool, strict=True):
+        batch = proxy.collate([sample])
+        before = int((batch["labels"][0] != IGNORED).nonzero()[0]) - 1
+        with torch.no_grad():
+            outputs = model(**batch | {"labels": None}, output_hidden_states=True)
+        assert state_D == pytest.approx(outputs.hidden_states[-1][0, before].numpy(), abs=1e-4)
+
+
+def test_a_prompt_knows_nothing_of_the_answer(proxy):
+    sample, other = draw_samples(2)
+    answer = dataclasses.replace(sample.turns[1], parts=("Something else that is longer.",))
+    samples = [sample, dataclasses.replace(sample, turns=(sample.turns[0], answer)), other]
+    state_ND = embed(proxy, [proxy.encode(sample) for sample in samples], "prompts")
+    assert state_ND[1] == pytest.approx(state_ND[0], abs=1e-4)
+    assert np.abs(state_ND[2] - state_ND[0]).max() > 1e-3
 
 
 def test_samples_keep_their_order(proxy, pool):
@@ -35,4 +55,3 @@ def test_pictures_and_texts_both_move_an_embedding(proxy):
 def test_states_come_back_from_their_file_as_they_were(proxy, pool):
     state_ND = embed(proxy, pool[:3])
     np.testing.assert_array_equal(from_bytes(to_bytes(state_ND)), state_ND)
-    assert directions(state_ND).shape == state_ND.shape

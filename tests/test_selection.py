@@ -6,11 +6,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from datalloy.config import Select
-from datalloy.embeddings import directions
 from datalloy.errors import DataError
 from datalloy.scorers import BASELINES, Seen
 from datalloy.scores import Scores
 from datalloy.selection import Selection, kept_count, length_correlation, select, toxic_mask
+from datalloy.similarity import directions
 from datalloy.strata import length_strata
 
 

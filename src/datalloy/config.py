@@ -62,6 +62,7 @@ ScorerName = Literal[
     "random",
     "low_loss",
     "low_loss_by_length",
+    "low_loss_by_neighbours",
     "mid_loss",
     "high_loss",
     "length",

@@ -95,6 +95,9 @@ def _stages(
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
+    passes = ("low_loss_by_neighbours" in methods) + (recipe.select.diversity != "off")
+    if passes:
+        yield StageCost("embed", passes * pool * forward, 0, "where the proxy puts each sample or prompt")
     if recipe.is_raced:
         judging = sum(min(count - scoring[name], bakeoff.JUDGING_ITEMS) for name, count in items.items())
         runs = _races(methods, recipe.select, int(recipe.select.bakeoff_epochs * pool / batch), round(seen / batch))

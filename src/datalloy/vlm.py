@@ -403,6 +403,20 @@ class VLM:
 
         Tokens of images and of the chat template included, padding left out.
         """
+        weight_BT1 = batch["attention_mask"].unsqueeze(2).float()
+        return (self._last_states(batch).float() * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
+
+    @torch.no_grad()
+    def prompt_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the decoder's last layer holds, normed, where each sample's first answer begins, [B, width] float32.
+
+        The state from which the answer's first token is predicted: question and pictures are in it, the answer is not.
+        """
+        first_B = (batch["labels"] != IGNORED).int().argmax(dim=1)
+        return self._last_states(batch)[torch.arange(len(first_B)), first_B - 1].float()
+
+    def _last_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the decoder's last layer holds, normed, [B, T, width]."""
         states: list[Tensor] = []
         handle = self.final_norm().register_forward_hook(lambda _module, _args, output: states.append(output))
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -410,8 +424,7 @@ class VLM:
             self.model(**inputs, logits_to_keep=1, use_cache=False)
         finally:
             handle.remove()
-        weight_BT1 = batch["attention_mask"].unsqueeze(2).float()
-        return (states[0].float() * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
+        return states[0]
 
     def generate(self, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers to the prompts of the samples, in their order, stripped and without special tokens.

@@ -37,7 +37,6 @@ from datalloy.evaluation import Evaluation, JudgedItems, evaluate
 from datalloy.exporters import EXPORTERS, Handover, Portion, by_domain, export_rows
 from datalloy.mixing import Mixing, Part
 from datalloy.mixture import Mixture
-from datalloy.progress import track
 from datalloy.readers import Samples
 from datalloy.run import SCHEMA_VERSION, Run, write_atomically, write_json
 from datalloy.sample import Sample
@@ -45,6 +44,7 @@ from datalloy.scores import Scores
 from datalloy.search import Found
 from datalloy.selection import Selection, select
 from datalloy.sharding import check_launcher
+from datalloy.similarity import directions
 from datalloy.target_items import TargetItems, item_weights
 from datalloy.tiny.model import WEIGHTS
 from datalloy.training import train, training_flops
@@ -65,12 +65,15 @@ class Workflow:
         self.run, self.recipe = run, run.recipe
         self.engine = engine or LocalEngine(self)
         self._ready: dict[str, tuple[scorers.Scorer, scorers.Rater | None]] = {}  # of the scorer at work
+        self._baselines: dict[str, Scores] = {}
 
     def perform(self, unit: Unit, coming: Unit | None = None) -> None:
         """Do one unit of work for an engine and commit its record."""
         match unit.work:
             case "score":
                 self._score_shard(unit, coming)
+            case "embed":
+                self._embed_shard(unit, coming)
             case "train":
                 self._train_on(self._kept_indices(self.select()), unit.name, self.run.path(unit.name))
             case _:
@@ -452,16 +455,35 @@ class Workflow:
     @cached_property
     def _directions_ND(self) -> np.ndarray:
         """Where the proxy's last layer puts each sample, seen from the pool's mean, in the order of the pool."""
-        parts = []
-        shards = self._shards()
-        for number, shard in enumerate(track(shards, "embed", len(shards))):
-            unit, path = f"embeddings/{number:05d}", self.run.path(f"embeddings/{number:05d}.npy")
-            if self.run.finished(unit) is None:
-                states = embeddings.embed(self._proxy, [self._encoded_pool[i] for i in shard])
-                write_atomically(path, embeddings.to_bytes(states))
-                self.run.commit(unit, [path])
-            parts.append(embeddings.from_bytes(path.read_bytes()))
-        return embeddings.directions(np.concatenate(parts))
+        return directions(self._states_ND("samples"))
+
+    def _states_ND(self, of: embeddings.Embedded) -> np.ndarray:
+        """Where the proxy's last layer puts each sample or its prompt; NaN for those whose scoring failed."""
+        table = self.score()
+        is_usable_N = table.is_ok | np.isfinite(table.loss)
+        folder = "embeddings" if of == "samples" else "prompts"
+        units, usable = [], []
+        for number, shard in enumerate(self._shards()):
+            rows = [row for row in shard if is_usable_N[row]]
+            if rows:
+                units.append(Unit(f"{folder}/{number:05d}", "score", "embed", (of, *rows)))
+                usable += rows
+        if any(self.run.finished(unit.name) is None for unit in units):
+            _ = self._proxy  # tuned here, where workers are yet to load it
+            complete(self.engine, self.run, units, f"embed {of}")
+        parts = [embeddings.from_bytes(self.run.path(f"{unit.name}.npy").read_bytes()) for unit in units]
+        state_ND = np.full((len(self.pool), parts[0].shape[1]), np.nan, dtype=np.float32)
+        state_ND[usable] = np.concatenate(parts)
+        return state_ND
+
+    def _embed_shard(self, unit: Unit, coming: Unit | None) -> None:
+        of, *rows = unit.arguments
+        if coming is not None:
+            self._encoded_pool.read_ahead(coming.arguments[1:])
+        path = self.run.path(f"{unit.name}.npy")
+        states = embeddings.embed(self._proxy, [self._encoded_pool[row] for row in rows], of)
+        write_atomically(path, embeddings.to_bytes(states))
+        self.run.commit(unit.name, [path])
 
     def _shards(self) -> list[range]:
         """Rows of the pool, a unit of work each."""
@@ -471,10 +493,21 @@ class Workflow:
         """The pool's scores by any scorer; baselines are made from the columns of the first table."""
         if scorer not in scorers.BASELINES:
             return self._tables[scorer]
+        if scorer not in self._baselines:
+            self._baselines[scorer] = self._baseline(scorer)
+        return self._baselines[scorer]
+
+    def _baseline(self, scorer: str) -> Scores:
         table = self.score()
         self._check_order(table.table)
-        contents = self.pool.content_hashes()
-        seen = scorers.Seen(table.loss, table.supervised_tokens, table.domain, contents, self.recipe.select.seed)
+        seen = scorers.Seen(
+            table.loss,
+            table.supervised_tokens,
+            table.domain,
+            self.pool.content_hashes(),
+            self.recipe.select.seed,
+            lambda: self._states_ND("prompts"),
+        )
         utility_N = scorers.BASELINES[scorer](seen)
         # what a rater could not rate has a loss all the same; where no model was asked there are no losses at all
         is_usable_N = table.is_ok if table.metadata["method"] == "lengths" else np.isfinite(table.loss)

@@ -1,7 +1,8 @@
 """Losses, lengths and seeds in, the scores that every utility has to beat out.
 
 Utility here only means "kept first": these scores know no target and carry no sign, so nothing is ever called toxic
-by them. All of them follow from one forward pass, hence from the columns of any other scorer's table.
+by them. All of them follow from one forward pass, hence from the columns of any other scorer's table; low loss by
+neighbours needs one more.
 """
 
 import hashlib
@@ -14,18 +15,23 @@ from scipy.stats import rankdata
 
 from datalloy.config import Precision
 from datalloy.scorers.one_step import ScoreBlock
+from datalloy.similarity import median_of_neighbours
 from datalloy.strata import MAX_STRATA, length_strata
 from datalloy.vlm import VLM, Encoded
 
 
 class Seen(NamedTuple):
-    """What baselines may see: losses (nats per token), supervised tokens, domains, content hashes (once); a seed."""
+    """What baselines may see: losses (nats per token), supervised tokens, domains, content hashes (once); a seed.
+
+    `prompts`: where the proxy puts each prompt, [N, D], for a pass of its own.
+    """
 
     loss_N: np.ndarray
     tokens_N: np.ndarray
     domain_N: np.ndarray
     keys: Iterable[str]
     seed: int
+    prompts: Callable[[], np.ndarray] | None = None
 
 
 def random_score(seen: Seen) -> np.ndarray:
@@ -55,6 +61,25 @@ def low_loss_by_length(seen: Seen) -> np.ndarray:
     return -place_N
 
 
+def low_loss_by_neighbours(seen: Seen) -> np.ndarray:
+    """What the proxy knows better than its like comes first: the median loss of its neighbours minus its own, nats.
+
+    Neighbours (`similarity.py`) are samples of the domain whose prompts are alike to the proxy, so what makes a kind of
+    question hard, or its answers long, is in their losses too. A missing loss stays missing and is nobody's neighbour.
+    Zero for a sample that is alone in its domain.
+    """
+    if seen.prompts is None:
+        raise ValueError("low_loss_by_neighbours needs to see the prompts")
+    prompt_ND, draw_N = seen.prompts(), random_score(seen)
+    gain_N = np.full(len(seen.loss_N), np.nan)
+    known_N = np.isfinite(seen.loss_N)
+    for domain in np.unique(seen.domain_N[known_N]):
+        rows = np.flatnonzero(known_N & (seen.domain_N == domain))
+        median_N = median_of_neighbours(seen.loss_N[rows], prompt_ND[rows], draw_N[rows])
+        gain_N[rows] = median_N - seen.loss_N[rows]
+    return gain_N
+
+
 def high_loss(seen: Seen) -> np.ndarray:
     """What the proxy does not know comes first, noise included."""
     return seen.loss_N
@@ -76,6 +101,7 @@ BASELINES: dict[str, Callable[[Seen], np.ndarray]] = {
     "random": random_score,
     "low_loss": low_loss,
     "low_loss_by_length": low_loss_by_length,
+    "low_loss_by_neighbours": low_loss_by_neighbours,
     "mid_loss": mid_loss,
     "high_loss": high_loss,
     "length": length,

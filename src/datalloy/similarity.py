@@ -1,0 +1,52 @@
+"""Vectors of samples in, who is like whom out: directions for cosines, and what samples like each of them have.
+
+Trap: raw states of all samples point in nearly one direction, so that every cosine is near one. `directions` takes out
+what the samples have in common; similarities then depend on the pool, and a threshold on them is one for this pool.
+
+The loss of an answer says as much of the question as of the answer: whole kinds of question are hard for a model, right
+answers and wrong ones alike. Held against the losses of samples that look the same to the model before the answer is
+given, what belongs to the kind cancels. The median, because up to half of the neighbours may be wrong.
+
+Price of neighbours: all samples are compared with at most `REFERENCES` of their group, seconds for ten thousand.
+"""
+
+import numpy as np
+
+NEIGHBOURS = 20
+REFERENCES = 20_000  # of a group: larger ones look for neighbours among so many, drawn at random
+ROWS = 1024  # compared at once
+
+
+def directions(state_ND: np.ndarray) -> np.ndarray:
+    """The states seen from their common mean, at unit length, [N, D].
+
+    Zero, which is similar to nothing, where a state is the mean itself or not finite.
+    """
+    finite_N = np.isfinite(state_ND).all(axis=1)
+    centred_ND = np.zeros_like(state_ND)
+    if finite_N.any():
+        centred_ND[finite_N] = state_ND[finite_N] - state_ND[finite_N].mean(axis=0)
+    norm_N1 = np.linalg.norm(centred_ND, axis=1, keepdims=True)
+    return centred_ND / np.where(norm_N1 > 0, norm_N1, 1.0)
+
+
+def median_of_neighbours(value_N: np.ndarray, state_ND: np.ndarray, draw_N: np.ndarray) -> np.ndarray:
+    """Median of the values of the 20 most similar others of one group, [N]; of all others where there are fewer.
+
+    Similarity is the cosine of the states, seen from the group's mean. `draw_N` are random numbers that belong to the
+    samples, so that what is drawn does not depend on their order. The sample's own value where it is alone.
+    """
+    if len(value_N) == 1:
+        return value_N.copy()
+    direction_ND = directions(state_ND)
+    drawn_R = np.argsort(draw_N, kind="stable")[:REFERENCES]  # in this order, which settles ties too
+    reference_RD, reference_R = direction_ND[drawn_R], value_N[drawn_R]
+    count = min(NEIGHBOURS, len(drawn_R) - 1)
+    median_N = np.empty(len(value_N))
+    for start in range(0, len(value_N), ROWS):
+        rows = np.arange(start, min(start + ROWS, len(value_N)))
+        similarity_BR = direction_ND[rows] @ reference_RD.T
+        similarity_BR[rows[:, None] == drawn_R] = -np.inf  # nobody is a neighbour of himself
+        nearest_BK = np.argpartition(-similarity_BR, count - 1, axis=1)[:, :count]
+        median_N[rows] = np.median(reference_R[nearest_BK], axis=1)
+    return median_N
