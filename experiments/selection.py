@@ -11,9 +11,9 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two. `auto` is the
-bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed
-up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
+a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two.
+`auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy
+that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.

@@ -32,7 +32,7 @@ targets:
   chart: {path: data/chart.target.jsonl}
   counting: {path: data/counting.target.jsonl}
 score: {method: first_order, step: 0.01, target_items: 8, probes: 4, warmup_fraction: 0.1}
-select: {keep_fraction: 0.5}
+select: {keep_fraction: 0.5, diversity: threshold}
 train: {adapter: none, learning_rate: 1e-3, batch_size: 4, samples: 16}
 """
 MIXTURE = "mixture: {verify_runs: 1, checkpoints: []}\n"
@@ -213,11 +213,11 @@ def test_without_ray_the_engine_says_what_to_install(run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def scored_here(recipe_path):
-    """Scored by the local engine."""
+    """Scored, embedded and selected by the local engine."""
     folder = recipe_path.parent / "local"
     with Run(load_recipe(recipe_path), folder) as run, pytest.MonkeyPatch.context() as patch:
         patch.setattr(workflows, "SHARD", 12)
-        Workflow(run).score()
+        Workflow(run).select()
     return folder
 
 
@@ -225,16 +225,21 @@ def _hashes(folder, pattern):
     return {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
+SELECTED = ("scores/*/*.parquet", "scores.parquet", "probes.npz", "embeddings/*.npy", "selection.parquet")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_scores_are_equal_to_the_byte_on_ray(workers, ray_cluster, scored_here, recipe_path, tmp_path, monkeypatch):
+def test_scores_and_what_is_kept_are_equal_to_the_byte_on_ray(
+    workers, ray_cluster, scored_here, recipe_path, tmp_path, monkeypatch
+):
     """With two workers, one is killed midway."""
     if workers == 2:
         monkeypatch.setattr(workflows, "open_worker", open_mortal)
     recipe = load_recipe(recipe_path, ["engine=ray", f"ray.num_workers={workers}"])
     with Run(recipe, tmp_path / "run") as run, open_workflow(run) as workflow:
-        workflow.score()
+        workflow.select()
     assert (tmp_path / "run" / "died").exists() == (workers == 2)
-    for pattern in ("scores/*/*.parquet", "scores.parquet", "probes.npz"):
+    for pattern in SELECTED:
         assert _hashes(tmp_path / "run", pattern) == _hashes(scored_here, pattern) != {}
 
 
@@ -280,13 +285,13 @@ def launched(launcher, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=560, check=False)
 
 
-def test_scores_are_equal_to_the_byte_in_two_processes(scored_here, recipe_path, tmp_path):
+def test_scores_and_what_is_kept_are_equal_to_the_byte_in_two_processes(scored_here, recipe_path, tmp_path):
     folder = tmp_path / "run"
-    done = torchrun("score", recipe_path, "--run", folder)
+    done = torchrun("select", recipe_path, "--run", folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(folder / "scores.parquet")
-    assert done.stdout.count("scores.parquet") == 1
-    for pattern in ("scores/*/*.parquet", "scores.parquet", "probes.npz"):
+    assert done.stdout.splitlines()[-1] == str(folder / "selection.parquet")
+    assert done.stdout.count("selection.parquet") == 1
+    for pattern in SELECTED:
         assert _hashes(folder, pattern) == _hashes(scored_here, pattern) != {}
 
 

@@ -1,6 +1,7 @@
 """Samples that stay on disk: the same as those that are held, found again, checked when they are read again."""
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_a_row_that_changed_is_refused_when_it_is_read_again(tmp_path, change):
     write(tmp_path, change, row(1, id="second"))
     with pytest.raises(DataError, match=r"pool\.jsonl:1 is not what was read there"):
         _ = stored[0].turns
+
+
+def test_a_file_that_another_thread_lets_go_is_open_until_it_is_read(tmp_path, monkeypatch):
+    stored, _ = read_stored(write(tmp_path, row(1), row(2, id="second")), "d")
+    read, files = os.pread, stored._sources[0]._file
+
+    def read_late(*place):
+        files.cache_clear()
+        return read(*place)
+
+    monkeypatch.setattr(os, "pread", read_late)
+    assert [sample.answer for sample in stored] == ["2", "3"]
 
 
 def test_a_row_whose_picture_is_gone_is_refused_when_it_is_read_again(tmp_path):

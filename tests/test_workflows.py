@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 
+from datalloy import embeddings
 from datalloy.config import load_recipe
 from datalloy.errors import AgreementError, DataError, LeakageError
 from datalloy.run import Run, file_hash
@@ -310,6 +312,51 @@ def test_the_table_of_the_run_is_of_what_knows_the_targets_wherever_it_stands_am
     with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
         assert Workflow(run).score().metadata["method"] == "first_order"
         assert Workflow(run).scores_by("visual_gain").metadata == {"method": "visual_gain", "signed": False}
+
+
+def test_prompts_are_embedded_once_for_all_arms_and_not_again_in_the_next_process(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("datalloy.workflows.SHARD", 20)
+    overrides = ("score.method=low_loss_by_neighbours", "select.keep_fraction=0.5", "score.warmup_fraction=0")
+    embedded, embed = [], embeddings.embed
+
+    def noted(vlm, samples, of):
+        embedded.append((of, len(samples)))
+        return embed(vlm, samples, of)
+
+    monkeypatch.setattr(embeddings, "embed", noted)
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        workflow = Workflow(run)
+        kept = workflow.select().kept
+        utility_N = workflow.scores_by("low_loss_by_neighbours").utility
+        assert Workflow(run).scores_by("low_loss_by_neighbours").utility.tolist() == utility_N.tolist()
+    assert embedded == [("prompts", 20), ("prompts", 20), ("prompts", 4)]
+    assert utility_N[kept].mean() > 0 > utility_N[~kept].mean()
+    assert kept.sum() == 22
+
+
+def test_a_sample_whose_scoring_failed_is_not_embedded(recipe_path, tmp_path, monkeypatch):
+    overrides = ("score.method=low_loss_by_neighbours", "select.keep_fraction=0.5", "score.warmup_fraction=0")
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        workflow = Workflow(run)
+        table = workflow.score()
+        failed_N = np.arange(len(table)) == 3
+        failed = Scores.from_columns(
+            id=table.id,
+            domain=table.domain,
+            supervised_tokens=table.supervised_tokens,
+            length_tokens=table.length_tokens,
+            loss=np.where(failed_N, np.nan, table.loss),
+            utility=np.where(failed_N, np.nan, table.utility),
+            utility_by_target={},
+            utility_se=table.utility_se,
+            state=np.where(failed_N, "oom", table.state),
+            metadata=table.metadata,
+        )
+        monkeypatch.setattr(workflow, "score", lambda: failed)
+        assert np.isnan(workflow._states_ND("prompts")).all(axis=1).nonzero()[0].tolist() == [3]
+        found = workflow.scores_by("low_loss_by_neighbours")
+    assert np.isnan(found.utility).nonzero()[0].tolist() == [3]
+    assert found.state[3] == "oom"
 
 
 def test_scores_do_not_depend_on_the_batch_size(recipe_path, tmp_path):

@@ -130,7 +130,10 @@ class StoredSamples(Sequence[Sample]):
     def _read_turns(self, number: int) -> tuple[Turn, ...]:
         origin = self.origin(number)
         try:
-            raw = os.pread(self._file(origin.path).fileno(), self._sizes[number], self._starts[number])
+            file = self._file(
+                origin.path
+            )  # held: what another thread drives out of the cache closes with its last holder
+            raw = os.pread(file.fileno(), self._sizes[number], self._starts[number])
         except OSError as error:
             raise DataError(f"{origin} cannot be read again: {error}; put the file back and start again") from error
         if zlib.crc32(raw) != self._checksums[number]:
