@@ -338,8 +338,9 @@ def run_world(
             rows.append(world.auto())
         if "main" in phases:  # of the pool, not of a model; they stand with the first
             rows[0] |= {"agreements": world.agreements((*SCORERS, "low_loss")), "score_seconds": world.score_seconds()}
-        elif own:
-            rows[0] |= {"agreements": world.agreements(own)}
+        elif own or "by neighbours" in phases:
+            found = world.agreements((*own, *["low_loss_by_neighbours"] * ("by neighbours" in phases)))
+            rows[0] |= {"agreements": found}
         return rows
 
 

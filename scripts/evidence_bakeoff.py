@@ -18,7 +18,7 @@ RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
 FURTHER = "-items.json"  # how the names of results end where further items judge
 COLD = "bakeoff_rules_cold"
-ALONE = ("low_loss_by_length", "visual_gain", "entropy_minus_loss")  # and where they hold the arms of one scorer
+ALONE = ("low_loss_by_length", "low_loss_by_neighbours", "visual_gain", "entropy_minus_loss")  # and where they hold the arms of one scorer
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")
@@ -33,6 +33,7 @@ def arms(scorer: str, *fractions: float) -> tuple[Arm, ...]:
 LOW, LESS, OST = arms("low_loss", 0.2, 0.5, 0.8), arms("less", 0.2, 0.5), arms("calibrated", 0.5, 0.8)
 LIKE = arms("low_loss_by_length", 0.2, 0.5, 0.8)
 VISUAL = arms("visual_gain", 0.2, 0.5, 0.8)
+NEAR = arms("low_loss_by_neighbours", 0.2, 0.5, 0.8)
 ENTROPY = arms("entropy_minus_loss", 0.2, 0.5, 0.8)
 MORE = (*arms("low_loss", 0.65), *arms("low_loss_by_length", 0.65))
 
@@ -87,6 +88,8 @@ COLD_RULES = {
     "full SFT always": Rule((FULL,)),
     "low loss by length 50 % always": Rule(LIKE[1:2]),
     "low loss by length 80 % always": Rule(LIKE[2:]),
+    "low loss by neighbours 50 % always": Rule(NEAR[1:2]),
+    "low loss by neighbours 80 % always": Rule(NEAR[2:]),
     "entropy minus loss 20 % always": Rule(ENTROPY[:1]),
     "entropy minus loss 50 % always": Rule(ENTROPY[1:2]),
     "entropy minus loss 80 % always": Rule(ENTROPY[2:]),
@@ -102,6 +105,12 @@ COLD_RULES = {
             ("both low losses and OST raced", (*LOW, *LIKE, *OST)),
             ("both low losses and entropy minus loss raced", (*LOW, *LIKE, *ENTROPY)),
             ("all four raced", (*LOW, *LIKE, *ENTROPY, *OST)),
+            ("low loss by neighbours raced", NEAR),
+            ("low loss and low loss by neighbours raced", (*LOW, *NEAR)),
+            ("low loss by length and by neighbours raced", (*LIKE, *NEAR)),
+            ("low loss, low loss by neighbours and OST raced", (*LOW, *NEAR, *OST)),
+            ("all three low losses raced", (*LOW, *LIKE, *NEAR)),
+            ("all three low losses and OST raced", (*LOW, *LIKE, *NEAR, *OST)),
         )
     },
 }

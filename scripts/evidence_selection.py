@@ -17,7 +17,10 @@ NAMES = {
     "oracle": "oracle: clean samples only",
     "low_loss": "low loss",
     "low_loss_by_length": "low loss by length",
+    "low_loss_by_length cold": "low loss by length, no warm-up",
+    "low_loss_by_neighbours": "low loss by neighbours, no warm-up",
     "entropy_minus_loss": "entropy minus loss",
+    "entropy_minus_loss cold": "entropy minus loss, no warm-up",
     "visual_gain": "visual gain",
     "visual_gain mean": "visual gain, mean over tokens",
     "mid_loss": "mid loss",
@@ -38,13 +41,16 @@ NAMES = {
     "auto, warmed up": "the bake-off after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
-FORWARD = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients
+WARMED = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients; run both ways
+FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
+COLD = ("low_loss_by_length cold", "low_loss_by_neighbours", "entropy_minus_loss cold")
 KNOWN = {("entropy_minus_loss", "wrong 30 %"): 6}  # pools known when a score was found, where not the first three
 AUTO = ("auto", "auto, warmed up")
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "tail"),
-    *("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain", "mid_loss", "high_loss", "length"),
+    *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "entropy_minus_loss", "visual_gain"),
+    *("mid_loss", "high_loss", "length"),
     *("first_order", "less", "deita", "judge", "random", *AUTO),
 )
 Row = dict[str, Any]
@@ -56,20 +62,21 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
     return [row for path in sorted((RESULTS / folder).glob(pattern)) for row in json.loads(path.read_text())["rows"]]
 
 
-def with_default_auto(folder: str, base: str) -> list[Row]:
-    """The rows of a folder; `auto` is the bake-off of the default recipe, which does not warm the proxy up.
+def with_cold(folder: str, base: str) -> list[Row]:
+    """The rows of a folder, whose scores are of a proxy warmed up on 5 % of the pool, and those without warm-up.
 
-    All other scores there are those of a proxy that was warmed up on 5 % of the pool.
+    `auto` is the bake-off of the default recipe, which has none.
     """
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
     warm = [row | {"scorer": AUTO[1]} if row["scorer"] == "auto" else row for row in rows]
-    return [*warm, *(row for row in cold if row["scorer"] == "auto" and (row["world"], row["seed"]) in pools)]
+    named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in WARMED else row for row in cold]
+    return [*warm, *(row for row in named if (row["world"], row["seed"]) in pools)]
 
 
 @cache
 def selection_rows(base: str) -> list[Row]:
-    return with_default_auto("selection", base)
+    return with_cold("selection", base)
 
 
 def worlds(base: str) -> list[str]:
@@ -148,7 +155,7 @@ def all_worlds(base: str) -> str:
         return pooled(in_every_world(base, (scorer, fraction), (over, fraction)))
 
     rows = []
-    for scorer in COMPARED:
+    for scorer in (*(scorer for scorer in COMPARED if scorer not in COLD + AUTO), *COLD, *AUTO):
         count = sum(len(runs(base, world, scorer, 0.5)) for world in worlds(base))
         cells = [gain(scorer, fraction, "full") for fraction in (0.2, 0.5, 0.65, 0.8)]
         rows.append([f"{NAMES[scorer]} ({count})", *cells, *(gain(scorer, share, "random") for share in (0.2, 0.5))])
@@ -177,6 +184,8 @@ def like_lengths(base: str) -> str:
         ("visual_gain", "low_loss_by_length"),
         ("entropy_minus_loss", "low_loss"),
         ("entropy_minus_loss", "low_loss_by_length"),
+        ("low_loss_by_neighbours", "low_loss_by_length cold"),
+        ("low_loss_by_neighbours", "entropy_minus_loss cold"),
     ):
         for fraction in (0.2, 0.5, 0.65, 0.8):
             cells = [difference(runs(base, w, scorer, fraction), runs(base, w, over, fraction)) for w in worlds(base)]
@@ -188,7 +197,7 @@ def like_lengths(base: str) -> str:
 def later_rows(base: str) -> dict[str, list[Row]]:
     """Of pools drawn after the rules were settled, by world."""
     found: dict[str, list[Row]] = {}
-    for row in with_default_auto("later_pools", base):
+    for row in with_cold("later_pools", base):
         found.setdefault(row["world"], []).append(row)
     return found
 
@@ -351,7 +360,7 @@ def auto_gains(base: str) -> str:
 def separation(base: str) -> str:
     """AUC of each score for clean against faulty samples; in brackets for hard clean ones against faulty ones."""
     rows = []
-    names = ("exact", "calibrated", "tail", "first_order", "less", "visual_gain", "entropy_minus_loss", "low_loss")
+    names = ("exact", "calibrated", "tail", "first_order", "less", *FORWARD)
     for world in worlds(base):
         found = [r["agreements"] for r in selection_rows(base) if r["world"] == world and "agreements" in r]
         cells = []
@@ -368,7 +377,7 @@ def costs(base: str) -> str:
     """Seconds of scoring the pool in epochs; an epoch is what 20 steps more take, median over all trained models."""
     rows = selection_rows(base)
     seconds = {
-        steps: np.median([r["seconds"] for r in rows if r["steps"] == steps and r["scorer"] not in AUTO] or [np.nan])
+        steps: np.median([r["seconds"] for r in rows if r["steps"] == steps and r["scorer"] not in COLD + AUTO] or [np.nan])
         for steps in (20, 40)
     }
     epoch = seconds[40] - seconds[20]
@@ -419,8 +428,8 @@ def settings(world: str) -> str:
 
 def warm_up() -> str:
     """Scores that need no gradients by other warm-ups of the proxy, minus by the default, paired."""
-    tried = [row for row in rows_in("scoring_settings") if row["setting"].startswith(FORWARD)]
-    cold = [{**row, "setting": f"{row['scorer']}, warm-up 0 %"} for row in rows_in("cold") if row["scorer"] in FORWARD]
+    tried = [row for row in rows_in("scoring_settings") if row["setting"].startswith(WARMED)]
+    cold = [{**row, "setting": f"{row['scorer']}, warm-up 0 %"} for row in rows_in("cold") if row["scorer"] in WARMED]
 
     def of(world: str, base: str, setting: str, fraction: float) -> Pools:
         wanted = (world, base, setting, fraction)
