@@ -38,14 +38,24 @@ NAMES = {
     "put back worst": "exact 50 % and the worst fifth",
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
-    "auto, warmed up": "the bake-off after a warm-up on 5 %",
+    "auto by length": "the bake-off with low loss by length",
+    "auto by length, warmed up": "the same after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 WARMED = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients; run both ways
 FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
 COLD = ("low_loss_by_length cold", "low_loss_by_neighbours", "entropy_minus_loss cold")
-KNOWN = {("entropy_minus_loss", "wrong 30 %"): 6}  # pools known when a score was found, where not the first three
-AUTO = ("auto", "auto, warmed up")
+KNOWN = {  # pools known when a score was found, where not the first three
+    ("entropy_minus_loss", "wrong 30 %"): 6,
+    **{
+        ("low_loss_by_neighbours", world): 0
+        for world in ("wrong 10 %", "wrong 50 %", "other picture 30 %", "near-copies 50 %")
+    },
+    ("low_loss_by_neighbours", "off-target 60 %"): 1,
+    ("low_loss_by_neighbours", "clean"): 2,
+}
+FORMER = ("auto by length", "auto by length, warmed up")  # bake-offs of former defaults
+AUTO = ("auto", *FORMER)
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "tail"),
@@ -65,11 +75,11 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
 def with_cold(folder: str, base: str) -> list[Row]:
     """The rows of a folder, whose scores are of a proxy warmed up on 5 % of the pool, and those without warm-up.
 
-    `auto` is the bake-off of the default recipe, which has none.
+    `auto` is the bake-off of the default recipe, which has none and races low loss by neighbours.
     """
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
-    warm = [row | {"scorer": AUTO[1]} if row["scorer"] == "auto" else row for row in rows]
+    warm = [row | {"scorer": FORMER[1]} if row["scorer"] == "auto" else row for row in rows]
     named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in WARMED else row for row in cold]
     return [*warm, *(row for row in named if (row["world"], row["seed"]) in pools)]
 
@@ -213,12 +223,35 @@ def either(base: str, world: str, scorer: str, fraction: float | None) -> Pools:
     return runs(base, world, scorer, fraction) | later_runs(base, world, scorer, fraction)
 
 
+def known_pools(base: str, world: str, scorer: str) -> int:
+    """So many pools of a world, the first ones, were known when a score was found."""
+    return KNOWN.get((scorer, world), len(runs(base, world, "full")))
+
+
+def by_neighbours(base: str) -> str:
+    """Low loss by neighbours on all pools that had no part in finding it, minus what else one would train on."""
+    scorer, rows = "low_loss_by_neighbours", []
+    others = ("full", "random", "low_loss", "low_loss_by_length cold", "entropy_minus_loss cold", "oracle")
+    for fraction in (0.2, 0.5, 0.65, 0.8):
+        cells, counts = [], []
+        for other in others:
+            pairs = []
+            for world in worlds(base):
+                mine = either(base, world, scorer, fraction)
+                later = {pool: mine[pool] for pool in mine if pool >= known_pools(base, world, scorer)}
+                pairs.append((later, either(base, world, other, fraction)))
+            counts.append(sum(len(mine.keys() & theirs) for mine, theirs in pairs))
+            cells.append(f"{pooled(pairs)} ({counts[-1]})" if counts[-1] else "")
+        rows.append([f"{fraction:.0%}", *cells])
+    return table(["kept", *(f"over {NAMES[other]} (pools)" for other in others)], rows)
+
+
 def with_later_pools(base: str, world: str) -> str:
     """Gains over full SFT and over random on the pools that were known when an arm was found, on later ones, on all."""
     world, rows = world.replace("_", " "), []
     for scorer, fraction in product((*FORWARD, "judge"), (0.5, 0.2)):
         mine = either(base, world, scorer, fraction)
-        known = {pool for pool in mine if pool < KNOWN.get((scorer, world), len(runs(base, world, "full")))}
+        known = {pool for pool in mine if pool < known_pools(base, world, scorer)}
         cells = []
         for over in ("full", "random"):
             theirs = either(base, world, over, fraction)
@@ -452,27 +485,35 @@ def warm_up() -> str:
 
 
 def raced_cold() -> str:
-    """What the bake-off chooses without warm-up of the proxy, minus with it and minus what a user would else do."""
+    """What the bake-off of former arms chooses without warm-up of the proxy, minus with it, paired."""
+    return _raced("auto by length", "warm-up 0 %", {"warm-up 5 %": (FORMER[1], None)})
+
+
+def raced() -> str:
+    """What the bake-off chooses, minus what that of former arms does and what a user would do without it, paired."""
     others = {
-        "auto, warm-up 5 %": (AUTO[1], None),
+        "with low loss by length": ("auto by length", None),
         "full SFT": ("full", None),
-        "low loss 50 %": ("low_loss", 0.5),
+        "a half by neighbours": ("low_loss_by_neighbours", 0.5),
         "low loss 80 %": ("low_loss", 0.8),
         "clean samples only": ("oracle", None),
     }
-    rows, pairs = [], {name: [] for name in others}
+    return _raced("auto", "auto", others)
+
+
+def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:
+    rows, pairs = [], {other: [] for other in others}
     for world in sorted(worlds("blurred")):
-        mine = either("blurred", world, "auto", None)
+        mine = either("blurred", world, scorer, None)
         cells = []
-        for name, (scorer, fraction) in others.items():
-            found = either("blurred", world, scorer, fraction)
-            pairs[name].append((mine, found))
+        for other, arm in others.items():
+            found = either("blurred", world, *arm)
+            pairs[other].append((mine, found))
             cells += [mean_of({pool: found[pool] for pool in mine}), difference(mine, found)]
         rows.append([f"{world} ({len(mine)})", mean_of(mine), *cells])
-    pools = sum(len(mine) for mine, _ in pairs["full SFT"])
-    rows.append([f"all ({pools})", "", *(cell for name in others for cell in ("", pooled(pairs[name])))])
-    head = [cell for name in others for cell in (name, "minus it")]
-    return table(["world", "auto, warm-up 0 %", *head], rows)
+    pools = sum(len(mine) for mine, _ in next(iter(pairs.values())))
+    rows.append([f"all ({pools})", "", *(cell for other in others for cell in ("", pooled(pairs[other])))])
+    return table(["world", name, *(cell for other in others for cell in (other, "minus it"))], rows)
 
 
 def transfer() -> str:
