@@ -18,7 +18,8 @@ RESULTS = Path("experiments/results")
 JUDGING = 32  # items of a target, as in the experiments: half of what there is
 FURTHER = "-items.json"  # how the names of results end where further items judge
 COLD = "bakeoff_rules_cold"
-ALONE = ("low_loss_by_length", "low_loss_by_neighbours", "visual_gain", "entropy_minus_loss")  # and where they hold the arms of one scorer
+# and where they hold the arms of one scorer
+ALONE = ("low_loss_by_length", "low_loss_by_neighbours", "visual_gain", "entropy_minus_loss")
 DRAWS = 20
 LOST = 0.02  # against full SFT
 RANDOM = Arm("random", 0.5, "domain")

@@ -409,9 +409,9 @@ def separation(base: str) -> str:
 def costs(base: str) -> str:
     """Seconds of scoring the pool in epochs; an epoch is what 20 steps more take, median over all trained models."""
     rows = selection_rows(base)
+    trained = [row for row in rows if row["scorer"] not in COLD + AUTO]
     seconds = {
-        steps: np.median([r["seconds"] for r in rows if r["steps"] == steps and r["scorer"] not in COLD + AUTO] or [np.nan])
-        for steps in (20, 40)
+        steps: np.median([r["seconds"] for r in trained if r["steps"] == steps] or [np.nan]) for steps in (20, 40)
     }
     epoch = seconds[40] - seconds[20]
     found: dict[str, list[float]] = {}
