@@ -242,13 +242,13 @@ class World:
             **self.held_out.measure(vlm),
         }
 
-    def auto(self) -> dict[str, Any]:
-        """What the bake-off chooses, as the default recipe would run it, and the model trained on that."""
+    def auto(self, scorers: Sequence[str]) -> dict[str, Any]:
+        """What the bake-off of these scorers chooses, as a recipe would run it, and the model trained on that."""
 
         def choose() -> dict[str, Any]:
             work = self.workflow
             items = work._judge()
-            kept = work._kept_by_arm(bakeoff.make_arms(AUTO.bakeoff_arms, AUTO.bakeoff_fractions))
+            kept = work._kept_by_arm(bakeoff.make_arms(scorers, AUTO.bakeoff_fractions))
             outcome = bakeoff.race(
                 list(kept),
                 lambda arm, steps, number: work._run_arm(arm, kept[arm], steps, number, items),
@@ -269,7 +269,7 @@ class World:
         scorer, fraction, within = chosen["job"]
         row = self.row(Job(scorer, fraction if scorer != "full" else 1.0, 0, within))
         spent = {"chose": row["scorer"], "race_steps": chosen["steps_spent"], "over_base": chosen["over_base"]}
-        return {**row, **spent, "scorer": "auto"}
+        return {**row, **spent, "scorer": "auto" if scorers == AUTO.bakeoff_arms else f"auto {', '.join(scorers)}"}
 
     def agreements(self, scorers: Sequence[str]) -> dict[str, float | None]:
         """The AUC of scores for clean against faulty, over the whole pool and for hard clean samples."""
@@ -324,18 +324,24 @@ def slug(name: str) -> str:
 
 
 def run_world(
-    name: str, base: str, seed: int, phases: Sequence[str], folder: Path, settings: Sequence[str] = ()
+    name: str,
+    base: str,
+    seed: int,
+    phases: Sequence[str],
+    folder: Path,
+    settings: Sequence[str] = (),
+    raced: Sequence[str] = AUTO.bakeoff_arms,
 ) -> list[dict[str, Any]]:
     """Scored by everything where `main` or `more` are asked for, else by what the phases need: a run folder each."""
     overrides, run = tuple(settings), "run"
     own = [scorer for phase, scorer in OF_THEIR_OWN.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        arms = list(dict.fromkeys([*(AUTO.bakeoff_arms if "auto" in phases else ()), *own])) or ["low_loss"]
+        arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:
         rows = [world.row(job) for phase in phases for job in jobs(phase)]
         if "auto" in phases:
-            rows.append(world.auto())
+            rows.append(world.auto(raced))
         if "main" in phases:  # of the pool, not of a model; they stand with the first
             rows[0] |= {"agreements": world.agreements((*SCORERS, "low_loss")), "score_seconds": world.score_seconds()}
         elif own or "by neighbours" in phases:
@@ -350,7 +356,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     found = json.loads(path.read_text()) if path.exists() else {"rows": [], **provenance()}
     by_model: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in (*found["rows"], *({"commit": commit, **row} for row in rows)):
-        identity = ("auto",) if row["scorer"] == "auto" else tuple(row[field] for field in Job.__dataclass_fields__)
+        is_auto = row["scorer"].startswith("auto")
+        identity = (row["scorer"],) if is_auto else tuple(row[field] for field in Job.__dataclass_fields__)
         by_model[identity] = {**by_model.get(identity, {}), **row}
     write_json(path, {**found, "rows": list(by_model.values())})
 
@@ -374,10 +381,12 @@ def main() -> None:
     parser = worlds_parser(__doc__, "selection")
     parser.add_argument("--phases", nargs="+", choices=[*PHASES, "auto"], default=["main", "auto"])
     parser.add_argument("--set", nargs="+", default=[], help="settings of the recipe; with folders of their own")
+    parser.add_argument("--arms", nargs="+", default=AUTO.bakeoff_arms, help="scorers that `auto` races")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
-        rows = run_world(name, args.base, seed, args.phases, args.runs / place, args.set)
+        raced = tuple(args.arms)
+        rows = run_world(name, args.base, seed, args.phases, args.runs / place, args.set, raced)
         write_rows(args.out / f"{place}.json", rows)
         said = {f"{row['scorer']} {row['fraction']}": round(row["accuracy"], 3) for row in rows if "accuracy" in row}
         print(json.dumps(said), flush=True)

@@ -274,10 +274,15 @@ def parts() -> str:
 
 
 def cold_rules(warm_up: str) -> str:
-    """The same for arms of a proxy without warm-up ("0"), or with the usual one ("5"), on the pools that have both."""
+    """The same for arms of a proxy without warm-up ("0"), or warmed up on 5 % ("5"), on the pools that have both.
+
+    Without the rules of arms that were not run with a warm-up.
+    """
     found = {path.stem.rsplit("-", 1)[0] for path in (RESULTS / COLD).glob("*.json")}
     paths = [RESULTS / "bakeoff_rules" / f"{stem}.json" for stem in sorted(found)]
-    return _rules(COLD_RULES, [Pool.read(path, cold=warm_up == "0") for path in paths])
+    pools = [Pool.read(path, cold=warm_up == "0") for path in paths]
+    run = {arm for _, arm in pools[0].accuracy}
+    return _rules({name: rule for name, rule in COLD_RULES.items() if run.issuperset(rule.arms)}, pools)
 
 
 def _rules(rules: Mapping[str, Rule], pools: Sequence[Pool]) -> str:

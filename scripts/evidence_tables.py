@@ -6,6 +6,7 @@ is worth less than it looks, a wide one is not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,32 @@ def by_pool(rows: Iterable[Mapping[str, Any]]) -> dict[int, np.ndarray]:
 
 def interval(values: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """Mean over pools and questions with its interval; `values`: one array of questions a pool."""
-    rng = np.random.default_rng(0)
+    counts, pools = _draws(tuple(len(value_Q) for value_Q in values))
     # [R, P]: a resampled mean of every pool for every place that a drawn pool can take
-    means = np.stack([_resampled_means(v, (RESAMPLES, len(values)), rng) for v in values])
-    pools = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    means = np.stack([counts_RPQ @ v / len(v) for counts_RPQ, v in zip(counts, values, strict=True)])
     drawn = np.take_along_axis(means, pools[None], axis=0)[0].mean(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(np.mean([v.mean() for v in values])), float(low), float(high)
 
 
-def _resampled_means(value_Q: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    return value_Q[rng.integers(len(value_Q), size=(*shape, len(value_Q)))].mean(axis=-1)
+@lru_cache(maxsize=4)
+def _draws(questions: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
+    """How often each question of every pool is drawn, [R, P, Q] a pool, and which pools are, [R, P].
+
+    The same for all cells with as many pools and questions, and most of their time.
+    """
+    rng = np.random.default_rng(0)
+    shape = (RESAMPLES, len(questions))
+    return [_counts(rng.integers(count, size=(*shape, count))) for count in questions], rng.integers(
+        len(questions), size=shape
+    )
+
+
+def _counts(drawn_RPQ: np.ndarray) -> np.ndarray:
+    """How often each number from 0 to Q - 1 stands in the last axis."""
+    count = drawn_RPQ.shape[-1]
+    rows = np.arange(drawn_RPQ.size // count).reshape(*drawn_RPQ.shape[:-1], 1) * count
+    return np.bincount((drawn_RPQ + rows).ravel(), minlength=drawn_RPQ.size).reshape(drawn_RPQ.shape).astype(np.float32)
 
 
 def difference(one: Pools, other: Pools) -> str:
