@@ -89,6 +89,16 @@ def selection_rows(base: str) -> list[Row]:
     return with_cold("selection", base)
 
 
+@cache
+def by_arm(base: str) -> dict[tuple[str, str], list[Row]]:
+    """The rows by world and scorer."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in selection_rows(base):
+        found.setdefault((row["world"], row["scorer"]), []).append(row)
+    return found
+
+
+@cache
 def worlds(base: str) -> list[str]:
     """The worlds with results, those with the most pools first."""
     pools = {(row["world"], row["seed"]) for row in selection_rows(base)}
@@ -101,11 +111,10 @@ def picked(
 ) -> list[Row]:
     """The rows of one arm in one world, one a pool and draw."""
     fraction = None if scorer in WHOLE else fraction
-    wanted = (world, scorer, protocol)
     return [
         row
-        for row in selection_rows(base)
-        if (row["world"], row["scorer"], row["protocol"]) == wanted
+        for row in by_arm(base).get((world, scorer), ())
+        if row["protocol"] == protocol
         and (scorer in AUTO or row["within"] == within)
         and fraction in (None, row["fraction"])
     ]
@@ -497,7 +506,7 @@ def raced_cold() -> str:
 
 
 def raced() -> str:
-    """What a race with low loss by neighbours in the place of low loss by length chooses, minus the default's, paired."""
+    """What a race with low loss by neighbours, not by length, chooses, minus what the default does and more, paired."""
     others = {
         "auto": ("auto", None),
         "full SFT": ("full", None),
