@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "gains": lambda base, fraction, over: evidence_selection.gains(base, float(fraction), over),
     "fractions": evidence_selection.fractions,
     "like_lengths": evidence_selection.like_lengths,
+    "neighbours": evidence_selection.neighbours,
     "by_neighbours": evidence_selection.by_neighbours,
     "later_pools": evidence_selection.later_pools,
     "with_later_pools": evidence_selection.with_later_pools,

@@ -255,6 +255,26 @@ def by_neighbours(base: str) -> str:
     return table(["kept", *(f"over {NAMES[other]} (pools)" for other in others)], rows)
 
 
+def neighbours() -> str:
+    """Variants of low loss by neighbours: AUC, and accuracy on the half that they keep, means over pools."""
+    found = rows_in("neighbours")
+    names = list(dict.fromkeys(row["world"] for row in found))
+    rows = []
+    for of, count, taken in dict.fromkeys((row["of"], row["neighbours"], row["taken"]) for row in found):
+        same = [row for row in found if (row["of"], row["neighbours"], row["taken"]) == (of, count, taken)]
+        if "accuracy" not in same[0]:
+            continue
+        cells = []
+        for world in names:
+            mine = [row for row in same if row["world"] == world]
+            cells.append(f"{_mean(mine, 'auc'):.2f} ({_mean(mine, 'auc hard'):.2f})")
+            cells += [f"{_mean(mine, 'faulty'):.2f} / {_mean(mine, 'hard'):.2f}", f"{_mean(mine, 'accuracy'):.3f}"]
+        rows.append([f"{taken} of {count}, by {of}", *cells])
+    pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
+    heads = ([f"{w} ({n}): AUC (hard)", "faulty / hard", "accuracy"] for w, n in zip(names, pools, strict=True))
+    return table(["held against", *(cell for head in heads for cell in head)], rows)
+
+
 def with_later_pools(base: str, world: str) -> str:
     """Gains over full SFT and over random on the pools that were known when an arm was found, on later ones, on all."""
     world, rows = world.replace("_", " "), []
@@ -603,8 +623,8 @@ def summary(base: str = "blurred") -> str:
         "full SFT": ("full", None),
         "random 50 %": ("random", 0.5),
         "low loss 50 %": ("low_loss", 0.5),
-        "low loss by length 50 %": ("low_loss_by_length", 0.5),
         "entropy minus loss 65 %": ("entropy_minus_loss", 0.65),
+        "low loss by neighbours 50 %": ("low_loss_by_neighbours", 0.5),
         "Datalloy's choice": ("auto", None),
     }
     rows = []

@@ -238,6 +238,20 @@ def test_a_dry_run_prices_a_warm_up_only_where_there_is_one(fraction, is_priced,
     assert any(line.startswith("warm-up") for line in estimate(recipe)) == is_priced
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_priced"),
+    [
+        (("score.method=low_loss_by_neighbours",), True),
+        (("score.method=auto", "select.bakeoff_arms=[low_loss, low_loss_by_neighbours]"), True),
+        (("score.method=low_loss", "select.diversity=threshold"), True),
+        (("score.method=low_loss",), False),
+    ],
+)
+def test_a_dry_run_prices_the_embedding_where_something_needs_it(settings, is_priced, recipe_path):
+    recipe = load_recipe(recipe_path, ["select.keep_fraction=0.5", *settings])
+    assert any(line.startswith("embed") for line in estimate(recipe)) == is_priced
+
+
 def test_a_dry_run_knows_the_price_of_every_score(recipe_path):
     loss, visual, hooks = (scoring_operations(recipe_path, name) for name in ("low_loss", "visual_gain", "less"))
     assert visual == pytest.approx(2 * loss, rel=0.01)

@@ -385,6 +385,17 @@ def test_the_output_head_makes_logits_of_what_the_final_norm_gives(checkpoint, m
         assert torch.equal(vlm.output_head()(normed[0]), logits)
 
 
+def test_from_the_state_of_a_prompt_the_answer_is_begun(checkpoint, mixed):
+    """In batches too, whose padding moves the answers."""
+    vlm = checkpoint.vlm
+    batch = vlm.collate([vlm.encode(sample) for sample in mixed])
+    first_B = (batch["labels"] != IGNORED).int().argmax(dim=1)
+    expected = vlm.logits_at(batch, first_B)
+    with torch.no_grad():
+        begun = vlm.output_head()(vlm.prompt_states(batch).to(expected.dtype))
+    torch.testing.assert_close(begun, expected, rtol=0, atol=2e-4)
+
+
 def test_bfloat16_losses_are_near_float32_losses(checkpoint, mixed):
     half = VLM.load(str(checkpoint.vlm.folder), device="cpu", dtype="bfloat16")
     losses = single_losses(half, mixed)
