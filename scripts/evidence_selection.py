@@ -504,8 +504,8 @@ def warm_up() -> str:
         scorer, _, warm = setting.partition(", ")
         cells = []
         for fraction in (0.5, 0.2):
-            mine = of(world, base, setting, fraction)
             usual = either(base, world, scorer, fraction) | of(world, base, scorer, fraction)
+            mine = {pool: right for pool, right in of(world, base, setting, fraction).items() if pool in usual}
             cells += [mean_of({pool: usual[pool] for pool in mine}), mean_of(mine), difference(mine, usual)]
         name = f"{world}{', strongly blurred' * (base != 'blurred')} ({len(mine)})"
         rows.append([name, NAMES[scorer], warm.removeprefix("warm-up "), *cells])
@@ -537,9 +537,12 @@ def raced() -> str:
 
 
 def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:
+    """On the pools that the first of the others has too."""
     rows, pairs = [], {other: [] for other in others}
+    first, *_ = others.values()
     for world in sorted(worlds("blurred")):
-        mine = either("blurred", world, scorer, None)
+        both = either("blurred", world, *first)
+        mine = {pool: right for pool, right in either("blurred", world, scorer, None).items() if pool in both}
         cells = []
         for other, arm in others.items():
             found = either("blurred", world, *arm)
