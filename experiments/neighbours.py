@@ -24,7 +24,7 @@ from selection import STEPS, World, asked_pools, auc, open_world, worlds_parser
 from datalloy.embeddings import embed
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
-from datalloy.similarity import directions
+from datalloy.similarity import neighbours
 from datalloy.training import train
 
 TAKEN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -43,15 +43,12 @@ TRAINED = (
 )
 
 
-def neighbours(state_ND: np.ndarray, domain_N: np.ndarray, count: int) -> np.ndarray:
-    """Rows of the most similar others of the domain, nearest first, [N, count]."""
+def in_domains(state_ND: np.ndarray, domain_N: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the most similar others of the domain, [N, count]."""
     nearest_NK = np.empty((len(state_ND), count), dtype=np.int64)
     for domain in np.unique(domain_N):
         rows = np.flatnonzero(domain_N == domain)
-        direction_ND = directions(state_ND[rows])
-        similarity_NN = direction_ND @ direction_ND.T
-        np.fill_diagonal(similarity_NN, -np.inf)
-        nearest_NK[rows] = rows[np.argsort(-similarity_NN, axis=1, kind="stable")[:, :count]]
+        nearest_NK[rows] = rows[neighbours(state_ND[rows], np.zeros(len(rows)), count)]
     return nearest_NK
 
 
@@ -66,10 +63,11 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
         return {"accuracy": world.held_out.measure(vlm)["accuracy"]}
 
     for of in ("prompts", "samples"):
-        nearest_NK = neighbours(embed(work._base, pool, of), domain_N, max(NEIGHBOURS))
+        state_ND = embed(work._base, pool, of)
         for count in NEIGHBOURS:
+            nearest_NK = in_domains(state_ND, domain_N, count)
             for taken, statistic in TAKEN.items():
-                score_N = statistic(loss_N[nearest_NK[:, :count]]) - loss_N
+                score_N = statistic(loss_N[nearest_NK]) - loss_N
                 kept = best(score_N, domain_N, 0.5)
                 row = {
                     "world": world.name,

@@ -242,15 +242,15 @@ def by_neighbours(base: str) -> str:
     scorer, rows = "low_loss_by_neighbours", []
     others = ("full", "random", "low_loss", "low_loss_by_length cold", "entropy_minus_loss cold", "oracle")
     for fraction in (0.2, 0.5, 0.65, 0.8):
-        cells, counts = [], []
+        cells = []
         for other in others:
             pairs = []
             for world in worlds(base):
                 mine = either(base, world, scorer, fraction)
                 later = {pool: mine[pool] for pool in mine if pool >= known_pools(base, world, scorer)}
                 pairs.append((later, either(base, world, other, fraction)))
-            counts.append(sum(len(mine.keys() & theirs) for mine, theirs in pairs))
-            cells.append(f"{pooled(pairs)} ({counts[-1]})" if counts[-1] else "")
+            count = sum(len(mine.keys() & theirs) for mine, theirs in pairs)
+            cells.append(f"{pooled(pairs)} ({count})" if count else "")
         rows.append([f"{fraction:.0%}", *cells])
     return table(["kept", *(f"over {NAMES[other]} (pools)" for other in others)], rows)
 
@@ -422,9 +422,10 @@ def auto_gains(base: str) -> str:
 def separation(base: str) -> str:
     """AUC of each score for clean against faulty samples; in brackets for hard clean ones against faulty ones."""
     rows = []
-    names = ("exact", "calibrated", "tail", "first_order", "less", *FORWARD)
+    names = ("exact", "calibrated", "tail", "first_order", "less", "visual_gain", "entropy_minus_loss", "low_loss")
+    warm = [row for row in selection_rows(base) if row["scorer"] not in COLD]
     for world in worlds(base):
-        found = [r["agreements"] for r in selection_rows(base) if r["world"] == world and "agreements" in r]
+        found = [r["agreements"] for r in warm if r["world"] == world and "agreements" in r]
         cells = []
         for name in names:
             pairs = [(f[f"auc {name}"], f[f"auc {name}, hard"]) for f in found if f"auc {name}" in f]

@@ -43,9 +43,8 @@ def _draws(questions: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
     """
     rng = np.random.default_rng(0)
     shape = (RESAMPLES, len(questions))
-    return [_counts(rng.integers(count, size=(*shape, count))) for count in questions], rng.integers(
-        len(questions), size=shape
-    )
+    counts = [_counts(rng.integers(count, size=(*shape, count))) for count in questions]
+    return counts, rng.integers(len(questions), size=shape)
 
 
 def _counts(drawn_RPQ: np.ndarray) -> np.ndarray:

@@ -31,22 +31,29 @@ def directions(state_ND: np.ndarray) -> np.ndarray:
 
 
 def median_of_neighbours(value_N: np.ndarray, state_ND: np.ndarray, draw_N: np.ndarray) -> np.ndarray:
-    """Median of the values of the 20 most similar others of one group, [N]; of all others where there are fewer.
+    """Median of the values of the 20 most similar others of one group, [N]; see `neighbours`.
 
-    Similarity is the cosine of the states, seen from the group's mean. `draw_N` are random numbers that belong to the
-    samples, so that what is drawn does not depend on their order. The sample's own value where it is alone.
+    The sample's own value where it is alone.
     """
     if len(value_N) == 1:
         return value_N.copy()
+    return np.median(value_N[neighbours(state_ND, draw_N)], axis=1)
+
+
+def neighbours(state_ND: np.ndarray, draw_N: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
+    """Positions of the most similar others of one group, [N, count] in any order; of all others where there are fewer.
+
+    Similarity is the cosine of the states, seen from the group's mean. `draw_N` are random numbers that belong to the
+    samples, so that what is drawn does not depend on their order. A group has two samples at least.
+    """
     direction_ND = directions(state_ND)
     drawn_R = np.argsort(draw_N, kind="stable")[:REFERENCES]  # in this order, which settles ties too
-    reference_RD, reference_R = direction_ND[drawn_R], value_N[drawn_R]
-    count = min(NEIGHBOURS, len(drawn_R) - 1)
-    median_N = np.empty(len(value_N))
-    for start in range(0, len(value_N), ROWS):
-        rows = np.arange(start, min(start + ROWS, len(value_N)))
+    reference_RD = direction_ND[drawn_R]
+    count = min(count, len(drawn_R) - 1)
+    nearest_NK = np.empty((len(state_ND), count), dtype=np.int64)
+    for start in range(0, len(state_ND), ROWS):
+        rows = np.arange(start, min(start + ROWS, len(state_ND)))
         similarity_BR = direction_ND[rows] @ reference_RD.T
         similarity_BR[rows[:, None] == drawn_R] = -np.inf  # nobody is a neighbour of himself
-        nearest_BK = np.argpartition(-similarity_BR, count - 1, axis=1)[:, :count]
-        median_N[rows] = np.median(reference_R[nearest_BK], axis=1)
-    return median_N
+        nearest_NK[rows] = drawn_R[np.argpartition(-similarity_BR, count - 1, axis=1)[:, :count]]
+    return nearest_NK
