@@ -4,18 +4,18 @@
     python experiments/joint.py --worlds "wrong 30 %" --seeds 0
 
 Three domains, two of which have a target, with the faults of the worlds of selection.py in all three. Five ordinary
-recipes: `full SFT` (all samples as they lie), `selection` (the bake-off between fractions of low loss), `mixture`
-(whole domains, merged experts, three real runs), `both` (the mixture of what the bake-off keeps) and `buckets` (every
-domain cut at the middle of its scores, and the six halves mixed). The final training takes 40 steps of 16 everywhere;
-`steps` says how many were taken to decide. The base is blurred (bases.py). Beside the rows stands how far domain-level
-utility (the mean over a domain) ranks domains as the searched shares do. Resumable. Five minutes of one core a world
-and seed.
+recipes: `full SFT` (all samples as they lie), `selection` (half of each domain by low loss by neighbours, the best of
+the selections that need no run), `mixture` (whole domains, merged experts, three real runs), `both` (the mixture of
+what the selection keeps) and `buckets` (every domain cut at the middle of its scores, and the six halves mixed). What is
+mixed takes the pick where its confirmed gain is trusted, else uniform shares; rows `..., followed` take the pick
+whatever the verdict says. The final training takes 40 steps of 16 everywhere; `steps` says how many were taken to
+decide. The base is blurred (bases.py). Beside the rows of `mixture` stands how far domain-level utility (the mean of a
+score over a domain) ranks domains as the picked shares do. Resumable. Five minutes of one core a world and seed.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
 ALL = (*DOMAINS, "table")
-CHOSEN = ("wrong 30 %", "off-target 60 %", "hard matters", "clean")
 PER_DOMAIN, STEPS, BATCH = 160, 40, 16
-MIXTURE = {"verify_runs": 3, "checkpoints": []}
+VERIFY_RUNS = 3
+MIXTURE = {"verify_runs": VERIFY_RUNS, "checkpoints": []}
 WAYS: Mapping[str, dict[str, Any]] = {
     "full SFT": {"select": {"keep_fraction": 1.0, "drop_toxic": False}},
     "selection": {},
-    "mixture": {"mixture": {**MIXTURE, "data": "whole"}},
+    # its samples are chosen by no score: utility says nothing here but what it is of a domain
+    "mixture": {"mixture": {**MIXTURE, "data": "whole"}, "score": {"method": "calibrated", "probes": 48}},
     "both": {"mixture": MIXTURE},
     "buckets": {"mixture": {**MIXTURE, "buckets": 2}},
 }
+DOMAIN_UTILITIES = ("calibrated", "low_loss")
 
 
 def recipe_of(way: str, seed: int, base: str) -> dict[str, Any]:
@@ -55,14 +57,8 @@ def recipe_of(way: str, seed: int, base: str) -> dict[str, Any]:
         "domains": {name: {"path": f"data/{name}.jsonl"} for name in ALL},
         "targets": {name: {"path": f"data/{name}.target.jsonl"} for name in DOMAINS},
         "evaluation": {f"{name}-holdout": {"path": f"data/{name}.holdout.jsonl"} for name in DOMAINS},
-        "score": {"method": "auto", "target_items": 32, "warmup_fraction": 0, "seed": seed},
-        "select": {
-            "bakeoff_arms": ["low_loss"],
-            "bakeoff_fractions": [0.2, 0.5, 0.8],
-            "bakeoff_epochs": 8.0,
-            "drop_toxic": False,
-            "seed": seed,
-        },
+        "score": {"method": "low_loss_by_neighbours", "target_items": 32, "min_agreement": 0.001, "seed": seed},
+        "select": {"keep_fraction": 0.5, "drop_toxic": False, "seed": seed},
         "train": {
             "adapter": "none",
             "freeze_vision": False,
@@ -81,49 +77,46 @@ def recipe_of(way: str, seed: int, base: str) -> dict[str, Any]:
     return recipe
 
 
-def run_way(way: str, world: str, seed: int, folder: Path) -> dict[str, Any]:
+def run_way(way: str, world: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """The row of a recipe; of one that mixes, also that of the model trained on its pick."""
     path = folder / f"{slug(way)}.yaml"
     write_atomically(path, dump_yaml(recipe_of(way, seed, base_path("blurred", folder.parent))).encode())
     with Run(load_recipe(path), folder / slug(way)) as run:
         work = Workflow(run)
         model = work.train()
-        measured = run.once("measured", partial(measure, work, model))
-        told = verdict_of(work) if work.recipe.mixture else {}
-        utility = domain_utility(work) if way == "mixture" else {}
-        return {"world": world, "seed": seed, "way": way, **measured, **told, **utility}
-
-
-def measure(work: Workflow, model: Path) -> dict[str, Any]:
-    """Marks of the model on the held-out questions, and the steps that were taken before it."""
-    recipe, spent = work.recipe, 0
-    share: Mapping[str, float] = {}
-    if recipe.mixture is not None:
-        mixing = work.mixing
-        advice = work.verify()
-        share = advice.searched
-        spent = STEPS * (len(mixing.names) + advice.spent.runs)
-    if (outcome := work.run.path("bakeoff.json")).exists():
-        spent += json.loads(outcome.read_bytes())["steps_spent"]
-    return {"steps": spent, "share": dict(share), **HeldOut.lay_out(work).measure(VLM.load(str(model)))}
-
-
-def verdict_of(work: Workflow) -> dict[str, Any]:
-    """What the final training took, and the gain of the pick over uniform shares that decided it."""
-    advice = work.verify().to_json()
-    gain = advice["expected_gain_vs_uniform"]
-    return {"verdict": advice["verdict"], "gain": [gain["mean"], *gain["interval"]]}
+        held_out = HeldOut.lay_out(work)
+        about = {"world": world, "seed": seed}
+        measured = run.once("measured", lambda: held_out.measure(VLM.load(str(model))))
+        if work.recipe.mixture is None:
+            return [{**about, "way": way, "steps": 0, **measured}]
+        advice, mixing = work.verify(), work.mixing
+        gain = advice.to_json()["expected_gain_vs_uniform"]
+        told = {
+            "steps": STEPS * (len(mixing.names) + advice.spent.runs),
+            "share": dict(advice.searched),
+            "verdict": advice.verdict,
+            "gain": [gain["mean"], *gain["interval"]],
+            "domain utility": domain_utility(work) if way == "mixture" else {},
+        }
+        picked = mixing.train_on(np.array([advice.searched[name] for name in mixing.names]))
+        followed = run.once("measured-pick", lambda: held_out.measure(VLM.load(str(picked))))
+        steps = STEPS * (len(mixing.names) + VERIFY_RUNS)
+        return [
+            {**about, "way": way, **told, **measured},
+            {**about, "way": f"{way}, followed", "steps": steps, "share": told["share"], **followed},
+        ]
 
 
 def domain_utility(work: Workflow) -> dict[str, Any]:
-    """The mean of low loss over each domain, beside the searched shares: does one tell the other?"""
+    """Means of scores over each domain, beside the picked shares: does one tell the other?"""
     share = work.verify().searched
-    by_domain: dict[str, list[float]] = {name: [] for name in share}
-    table = work.scores_by("low_loss")
-    for domain, value in zip(table.domain, table.utility, strict=True):
-        by_domain[domain].append(value)
-    means = {name: float(np.mean(values)) for name, values in by_domain.items()}
-    agreement = rank_agreement(np.array([*means.values()]), np.array([*share.values()]))
-    return {"domain utility": means, "agreement": agreement}
+    found = {}
+    for method in DOMAIN_UTILITIES:
+        table = work.scores_by(method)
+        means = {name: float(np.mean(table.utility[table.domain == name])) for name in share}
+        agreement = rank_agreement(np.array([*means.values()]), np.array([*share.values()]))
+        found[method] = {"means": means, "agreement": agreement}
+    return found
 
 
 def run_world(world: str, seed: int, folder: Path) -> list[dict[str, Any]]:
@@ -131,12 +124,12 @@ def run_world(world: str, seed: int, folder: Path) -> list[dict[str, Any]]:
         plan = replace(WORLDS[world], samples=dict.fromkeys(ALL, PER_DOMAIN))
         write_pool(folder / "data", plan, seed)
         write_atomically(folder / "drawn", b"")
-    return [run_way(way, world, seed, folder) for way in WAYS]
+    return [row for way in WAYS for row in run_way(way, world, seed, folder)]
 
 
 def main() -> None:
     parser = parser_of(__doc__, "joint")
-    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(CHOSEN))
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=list(WORLDS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from arguments import parser_of
 from bases import base_path
-from joint import ALL, CHOSEN, recipe_of
+from joint import ALL, recipe_of
 from provenance import provenance
 from selection import WORLDS, slug
 
@@ -40,6 +40,7 @@ from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
 TARGET_ITEMS, HOLDOUT_ITEMS = 128, 400  # of each target
+CHOSEN = ("wrong 30 %", "off-target 60 %", "hard matters", "clean")
 CONFIRMING = (1, 2, 4)  # trainings each
 DELIVERED = range(101, 105)  # numbers of the trainings that no verdict sees
 
