@@ -38,7 +38,6 @@ from datalloy.readers import read_all
 from datalloy.run import write_json
 from datalloy.sample import Sample
 from datalloy.tiny.pools import write_pool
-from datalloy.training import train
 
 SHORT = 12  # steps of a first round of eight arms
 PARTS = {"part": SHORT, "half": STEPS // 2}  # steps of runs on parts
@@ -60,21 +59,16 @@ RACED = tuple(
 
 def measure(world: World, kept: Sequence[int], seed: int, items: JudgedItems) -> dict[str, Any]:
     """Values of all target items [V] after both trainings, and the held-out questions after the long one."""
-    work = world.workflow
     found: dict[str, Any] = {}
     for length, steps in (("short", SHORT), ("long", STEPS)):
-        vlm = work._base.copy()
-        train(vlm, work._encoded_pool.pick(kept), work._train_settings(seed=seed), None, steps=steps)
+        vlm = world.tuned_on(kept, steps, seed=seed)
         found[length] = np.round(items.values(vlm), 4).tolist()
     return {**found, **world.held_out.measure(vlm)}
 
 
 def measure_part(world: World, kept: Sequence[int], seed: int, items: JudgedItems, name: str) -> dict[str, Any]:
     """Values of all target items after a training on a part, repeated as often as all are in the long one."""
-    work = world.workflow
-    vlm = work._base.copy()
-    part = work._part_for(kept, PARTS[name])
-    train(vlm, work._encoded_pool.pick(part), work._train_settings(seed=seed), None, steps=PARTS[name])
+    vlm = world.tuned_on(world.workflow._part_for(kept, PARTS[name]), PARTS[name], seed=seed)
     return {name: np.round(items.values(vlm), 4).tolist()}
 
 

@@ -6,14 +6,13 @@
 Three domains, two of which have a target, with the faults of the worlds of selection.py in all three. Five ordinary
 recipes: `full SFT` (all samples as they lie), `selection` (half of each domain by low loss by neighbours, the best of
 the selections that need no run), `mixture` (whole domains, merged experts, three real runs), `both` (the mixture of
-what the selection keeps) and `buckets` (every domain cut at the middle of its scores, and the six halves mixed). What is
-mixed takes the pick where its confirmed gain is trusted, else uniform shares; rows `..., followed` take the pick
+what the selection keeps) and `buckets` (every domain cut at the middle of its scores, and the six halves mixed). What
+is mixed takes the pick where its confirmed gain is trusted, else uniform shares; rows `..., followed` take the pick
 whatever the verdict says. The final training takes 40 steps of 16 everywhere; `steps` says how many were taken to
 decide. The base is blurred (bases.py). Beside the rows of `mixture` stands how far domain-level utility (the mean of a
 score over a domain) ranks domains as the picked shares do. Resumable. Five minutes of one core a world and seed.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

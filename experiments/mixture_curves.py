@@ -12,9 +12,9 @@ the same random draws of inner mixtures, 20 of each size; `planned` chooses its 
 Where everything was trained twice from different seeds, one training is what predictors see and the other, which none
 of them has seen, is what they are judged by: so no predictor is rewarded for having seen the luck of a run. `seed noise
 known` is the calibrated merge told how far the two trainings differ. `one more training` predicts by the first training
-of every mixture, all of them: the most that could be bought. `--regressions-alone` computes these rows alone, from the
-means over items that the JSON files hold (rounded to five digits), so it needs no run folder. Rows that --out holds of
-other designs, metrics and predictors stay.
+of every mixture, all of them: the most that could be bought. `--means-alone` needs no run folder: it computes what can
+be from the means over items and the experts' losses that the JSON files hold, which is all but the calibrated merge.
+Rows that --out holds of other designs, metrics and predictors stay.
 """
 
 import argparse
@@ -63,6 +63,8 @@ class Case:
     trained: TrainedMixtures
     judged_N: np.ndarray
     seed_sd_G: np.ndarray | None  # between trainings, where everything was trained twice
+    log_prob_KV: np.ndarray | None  # of the experts by item, where the metric is the loss: what MixMin starts from
+    has_items: bool  # or the means over items alone
 
     @property
     def vertices(self) -> np.ndarray:
@@ -103,16 +105,17 @@ class Case:
 
 
 def merge_curves(case: Case, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of what predicts from merged models, of MixMin and of uniform weights."""
+    """Rows of what predicts from merged models, of MixMin and of uniform weights; calibration needs values by item."""
     trained, vertices, inner, row = case.trained, case.vertices, case.inner, case.row
     yield row("merged", 0, [case.judge(trained.merged_NG.mean(axis=1), vertices)])
     distance_N = np.abs(trained.weight_NK - 1 / len(vertices)).sum(axis=1)
     yield row("uniform", 0, [(np.nan, case.judge(-distance_N, vertices)[1])])
     if case.seed_sd_G is not None:
         yield row("one more training", len(inner), [case.judge(trained.true_NG.mean(axis=1), vertices)])
-    log_prob_KV = trained.true_NV[vertices]
-    if (log_prob_KV <= 0).all():  # losses, negated: log-probabilities a token
-        yield row("MixMin", 0, [case.judge(MixMin(log_prob_KV).predict(trained.weight_NK), vertices)])
+    if case.log_prob_KV is not None:
+        yield row("MixMin", 0, [case.judge(MixMin(case.log_prob_KV).predict(trained.weight_NK), vertices)])
+    if not case.has_items:
+        return
     calibrated = {"calibrated": trained}
     if case.seed_sd_G is not None:
         calibrated["calibrated, seed noise known"] = replace(trained, seed_sd_G=case.seed_sd_G)
@@ -173,7 +176,7 @@ def targets_of(row: dict[str, Any], values: Values) -> np.ndarray:
 
 
 def cases(
-    row: dict[str, Any], metrics: Sequence[str], values: Values, other: Values | None = None
+    row: dict[str, Any], metrics: Sequence[str], has_items: bool, values: Values, other: Values | None = None
 ) -> Iterator[tuple[str, Case]]:
     """The design of a training by these metrics, judged by another training where there is one."""
     judged = other or values
@@ -186,7 +189,11 @@ def cases(
         judged_NG = replace(trained, true_NV=judged_NV).true_NG
         # two draws differ by sqrt(2) standard deviations
         seed_sd_G = (trained.true_NG - judged_NG)[~trained.is_vertex_N].std(axis=0) / np.sqrt(2)
-        yield metric, Case(trained, judged_NG.mean(axis=1), seed_sd_G if other else None)
+        log_prob_KV = None
+        if metric == "loss":
+            by_item = true_NV[trained.is_vertex_N] if has_items else row.get("expert_log_probs")
+            log_prob_KV = None if by_item is None else np.array(by_item)
+        yield metric, Case(trained, judged_NG.mean(axis=1), seed_sd_G if other else None, log_prob_KV, has_items)
 
 
 def main() -> None:
@@ -194,7 +201,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files written by mixtures.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of its run folders")
     parser.add_argument("--regressions", nargs="+", choices=list(SURROGATES), default=list(SURROGATES))
-    parser.add_argument("--regressions-alone", action="store_true")
+    parser.add_argument("--means-alone", action="store_true", help="without run folders")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["probability"])
     parser.add_argument("--out", type=Path, default=Path("experiments/results/mixture_curves.json"))
     args = parser.parse_args()
@@ -207,16 +214,14 @@ def main() -> None:
             others = [r for r in result["rows"] if r["seed"] == seeds[0] and r["train_seed"] != seeds[1]]
             values = []
             for training in (row, *others[:1]):
-                if args.regressions_alone:
+                if args.means_alone:
                     values.append(means(training))
                 else:
                     values.append(load(run_folder(args.runs, *about.values(), seeds[0], training["train_seed"])))
-            for metric, case in cases(row, args.metrics, *values):
+            for metric, case in cases(row, args.metrics, not args.means_alone, *values):
                 spread = float(np.ptp(case.judged_N[case.inner]))
                 which = {**about, "seed": seeds[0], "train_seed": seeds[1], "metric": metric, "spread": spread}
-                found = list(regression_curves(case, seeds[0], args.regressions))
-                if not args.regressions_alone:
-                    found = [*merge_curves(case, seeds[0]), *found]
+                found = [*merge_curves(case, seeds[0]), *regression_curves(case, seeds[0], args.regressions)]
                 rows += [{**which, **predicted} for predicted in found]
             print(path.name, *seeds, flush=True)
     made = {tuple(row[name] for name in KEY) for row in rows}

@@ -13,11 +13,13 @@ with three real runs of its own and one that confirms, and its pick is held agai
 `two_of_...` only two of the domains have a target, so that there is something to find. `--retrained` trains everything
 a second time from another seed on the same pool: how far one training agrees with the next is the most that any
 prediction can reach. `--budget` trains everything, experts and mixtures, for that share of the steps: do cheap experts
-tell what a full training would do? Resumable: run the same command again. One JSON a world in experiments/results;
-mixture_curves.py goes on from the run folders.
+tell what a full training would do? `--experts-alone` trains no mixture: it adds the experts' losses by item,
+negated, which MixMin needs, to the rows that the JSON holds, and refuses where their means are not those of the row.
+Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py goes on from it.
 """
 
 import argparse
+import json
 import logging
 import sys
 from dataclasses import asdict
@@ -54,6 +56,8 @@ OTHER_SEED = 1000  # added to the seed of training where everything is trained a
 PACKS = ("counting", "handwriting", "photo", "puzzle")
 TRAIN: dict[str, Any] = {"adapter": "none", "learning_rate": 5e-4, "batch_size": 16, "samples": 960}
 RESAMPLES = 2000
+DIGITS = 5  # of values in the JSON
+SAME = 0.002  # nats: experts trained again by the same seeds, on another machine or by a later commit
 
 
 def recipe_of(
@@ -196,10 +200,27 @@ def run_seed(
             },
             "advice": advice.to_json(),
             "values": {
-                name: np.round(_by_target(v, target_V), 5).tolist() for name, v in values.items() if ":" in name
+                name: np.round(_by_target(v, target_V), DIGITS).tolist() for name, v in values.items() if ":" in name
             },
             "weights": values["weights"].tolist(),
+            "expert_log_probs": np.round(values["true:loss"][~inner], DIGITS).tolist(),
         }
+
+
+def add_expert_log_probs(about: dict[str, Any], row: dict[str, Any], runs: Path) -> None:
+    """The negated losses of a row's experts by item, [K, V], trained anew."""
+    seeds = row["seed"], row["train_seed"]
+    place = about["world"], about["base"]
+    folder = run_folder(runs, *place, about["adapter"], *seeds)
+    with Run(recipe_of(*place, *seeds, folder, None, about["adapter"], 1), folder) as run:
+        measured = Measured(Workflow(run))
+        experts = np.eye(len(row["domains"]))
+        rows = [measured.at(f"design/{n}", weight_K) for n, weight_K in enumerate(experts)]
+    log_prob_KV = np.array([found["true:loss"] for found in rows])
+    mean_KG, known_KG = _by_target(log_prob_KV, measured.target_V), np.array(row["values"]["true:loss"])[: len(experts)]
+    if (apart := float(np.abs(mean_KG - known_KG).max())) > SAME:
+        raise SystemExit(f"{folder}: the experts' mean losses are {apart:.4f} from those of the row; train all anew")
+    row["expert_log_probs"] = np.round(log_prob_KV, DIGITS).tolist()
 
 
 def _by_target(value_NV: np.ndarray, target_V: np.ndarray) -> np.ndarray:
@@ -217,19 +238,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=1.0, help="share of the steps that everything is trained for")
     parser.add_argument("--retrained", action="store_true", help="train everything once more, from another seed")
+    parser.add_argument("--experts-alone", action="store_true", help="for their losses by item; no mixture is trained")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress.show(True)
+    name = f"{args.world}_{args.base}" + ("" if args.adapter == "none" else "_lora")
+    if args.budget != 1:
+        name += f"_budget_{args.budget:g}"
+    out = args.out or Path("experiments/results") / f"mixtures_{name}.json"
+    if args.experts_alone:
+        result = json.loads(out.read_text())
+        for row in result["rows"]:
+            add_expert_log_probs(result, row, args.runs)
+        write_json(out, {**result, "expert_log_probs_commit": provenance()["commit"]})
+        return
     again = (0, OTHER_SEED) if args.retrained else (0,)
     rows = [
         run_seed(args.world, args.base, seed, seed + more, args.runs, args.data, args.adapter, args.budget)
         for seed in args.seeds
         for more in again
     ]
-    name = f"{args.world}_{args.base}" + ("" if args.adapter == "none" else "_lora")
-    if args.budget != 1:
-        name += f"_budget_{args.budget:g}"
-    out = args.out or Path("experiments/results") / f"mixtures_{name}.json"
     about = {"world": args.world, "base": args.base, "adapter": args.adapter, "budget": args.budget}
     write_json(out, {**about, "rows": rows, **provenance()})
     for row in rows:

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from other_losses import best
 from provenance import provenance
-from selection import STEPS, World, asked_pools, auc, open_world, worlds_parser
+from selection import World, asked_pools, auc, open_world, worlds_parser
 
 from datalloy.embeddings import embed
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
 from datalloy.similarity import neighbours
-from datalloy.training import train
 
 TAKEN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "median": lambda value_NK: np.median(value_NK, axis=1),
@@ -58,9 +57,7 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
     loss_N, domain_N = answer_losses(work._base, pool, batch_size=32), np.array(work.pool.domains())
 
     def trained(kept: list[int]) -> dict[str, float]:
-        vlm = work._base.copy()
-        train(vlm, work._encoded_pool.pick(kept), work._train_settings(), None, steps=STEPS)
-        return {"accuracy": world.held_out.measure(vlm)["accuracy"]}
+        return {"accuracy": world.held_out.measure(world.tuned_on(kept))["accuracy"]}
 
     for of in ("prompts", "samples"):
         state_ND = embed(work._base, pool, of)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from provenance import provenance
-from selection import STEPS, World, asked_pools, auc, open_world, worlds_parser
+from selection import World, asked_pools, auc, open_world, worlds_parser
 
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
@@ -41,12 +41,8 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
         return {"world": world.name, "seed": world.seed, "score": score, "steps": steps, **found}
 
     def trained(score_N: np.ndarray) -> dict[str, float]:
-        return {f"accuracy at {fraction:g}": accuracy(best(score_N, domain_N, fraction)) for fraction in FRACTIONS}
-
-    def accuracy(kept: list[int]) -> float:
-        vlm = work._base.copy()
-        train(vlm, work._encoded_pool.pick(kept), work._train_settings(), None, steps=STEPS)
-        return world.held_out.measure(vlm)["accuracy"]
+        models = {fraction: world.tuned_on(best(score_N, domain_N, fraction)) for fraction in FRACTIONS}
+        return {f"accuracy at {at:g}": world.held_out.measure(vlm)["accuracy"] for at, vlm in models.items()}
 
     yield {**row("low loss of the base", 0, -base_N), **trained(-base_N)}
     for name, samples, lengths in (("the target items", items, TARGET_STEPS), ("the pool", pool, POOL_STEPS)):

@@ -21,7 +21,6 @@ from selection import STEPS, World, asked_pools, auc, open_world, worlds_parser
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
 from datalloy.scorers import BASELINES, Seen
-from datalloy.training import train
 from datalloy.vlm import VLM, Encoded
 
 ROUNDS, DRAWS = 2, 2
@@ -49,18 +48,13 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
     def by_length(found: Losses) -> np.ndarray:
         return BASELINES["low_loss_by_length"](Seen(found.seen_N, tokens_N, domain_N, (), 0))
 
-    def tuned(kept: list[int], steps: int) -> VLM:
-        vlm = work._base.copy()
-        train(vlm, work._encoded_pool.pick(kept), work._train_settings(), None, steps=steps)
-        return vlm
-
     def look_again(found: Losses, number: int) -> Losses:
         kept = set(best(by_length(found), domain_N, 0.5))
         seen_DN, unseen_DN = np.empty((2, DRAWS, len(pool)))
         for draw in range(DRAWS):
             order = np.random.default_rng([world.seed, number, draw]).permutation(len(pool))
             for judged, learnt in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-                vlm = tuned(sorted(kept.intersection(learnt.tolist())), STEPS // 2)
+                vlm = world.tuned_on(sorted(kept.intersection(learnt.tolist())), STEPS // 2)
                 seen_DN[draw, judged], unseen_DN[draw, judged] = losses(vlm, [pool[i] for i in judged])
         return Losses(seen_DN.mean(axis=0), unseen_DN.mean(axis=0))
 
@@ -82,7 +76,7 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
                     "auc hard": auc(score_N, world.is_clean_N, world.hard_N),
                     "faulty": float((~world.is_clean_N[kept]).mean()),
                     "hard": float(world.hard_N[kept].mean()),
-                    **world.held_out.measure(tuned(kept, STEPS)),
+                    **world.held_out.measure(world.tuned_on(kept)),
                 }
 
 

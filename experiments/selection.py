@@ -44,6 +44,7 @@ from datalloy.selection import select
 from datalloy.tiny.pools import PoolPlan, read_truth, write_pool
 from datalloy.tiny.world import FAULTS
 from datalloy.training import train
+from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
 DOMAINS = ("chart", "counting")
@@ -227,13 +228,19 @@ class World:
     def held_out(self) -> HeldOut:
         return HeldOut.lay_out(self.workflow)
 
+    def tuned_on(self, kept: Sequence[int], steps: int = STEPS, **settings: Any) -> VLM:
+        """The base trained on these samples; `settings` are changes to the recipe's section train."""
+        work, vlm = self.workflow, self.workflow._base.copy()
+        train(vlm, work._encoded_pool.pick(kept), work._train_settings(**settings), None, steps=steps)
+        return vlm
+
     def measure(self, job: Job, kept: list[int]) -> dict[str, Any]:
-        vlm, steps = self.workflow._base.copy(), 0
+        vlm, steps = self.workflow._base, 0
         if job.scorer != "base":
             steps = STEPS
             if job.protocol == "fixed epochs":
                 steps = max(1, round(STEPS * len(kept) / len(self.fault_N)))
-            train(vlm, self.workflow._encoded_pool.pick(kept), self.workflow._train_settings(), None, steps=steps)
+            vlm = self.tuned_on(kept, steps)
         return {
             "steps": steps,
             "kept": len(kept),

@@ -60,6 +60,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "promises": evidence_mixtures.promises,
     "training_luck": evidence_mixtures.training_luck,
     "joint": evidence_mixtures.joint,
+    "joint_worlds": evidence_mixtures.joint_worlds,
+    "domain_utility": evidence_mixtures.domain_utility,
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>\w+)(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

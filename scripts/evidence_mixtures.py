@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from datalloy.uncertainty import rank_agreement
-from evidence_tables import by_pool, difference, table
+from datalloy.uncertainty import bootstrap_interval, rank_agreement
+from evidence_tables import Pools, by_pool, difference, pooled, table
 
 RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
@@ -240,25 +240,61 @@ def training_luck() -> str:
     return table(head, rows)
 
 
+@cache
+def joint_rows() -> list[dict[str, Any]]:
+    return [row for path in sorted((RESULTS / "joint").glob("*.json")) for row in json.loads(path.read_text())["rows"]]
+
+
+def _ways() -> list[str]:
+    return list(dict.fromkeys(row["way"] for row in joint_rows()))
+
+
+def _joint_pools(way: str) -> dict[str, Pools]:
+    """Right or wrong for every held-out question, by world and pool."""
+    worlds = dict.fromkeys(row["world"] for row in joint_rows())
+    return {w: by_pool(r for r in joint_rows() if (r["world"], r["way"]) == (w, way)) for w in worlds}
+
+
 def joint() -> str:
-    """Accuracy of neither, selection, mixture, both and buckets, with gains over full SFT and what deciding took."""
-    paths = sorted((RESULTS / "joint").glob("*.json"))
-    found = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+    """Neither, selection, mixture, both and buckets in the mean over all pools, and what deciding took."""
     rows = []
-    for world in dict.fromkeys(row["world"] for row in found):
+    for way in _ways():
+        same = [row for row in joint_rows() if row["way"] == way]
+        gains = ["" if way == over else _joint_gain(way, over) for over in ("full SFT", "selection")]
+        trainings = f"{np.mean([row['steps'] for row in same]) / FINAL_STEPS:.1f}"
+        trusted = str(sum(row["verdict"] == "trust" for row in same)) if "verdict" in same[0] else ""
+        accuracy = f"{np.mean([row['accuracy'] for row in same]):.3f}"
+        rows.append([f"{way} ({len(same)})", accuracy, *gains, trainings, trusted])
+    return table(["way", "accuracy", "over full SFT", "over selection", "trainings to decide", "picks trusted"], rows)
 
-        def of(way: str, world: str = world) -> dict[int, np.ndarray]:
-            return by_pool(r for r in found if (r["world"], r["way"]) == (world, way))
 
-        for way in dict.fromkeys(row["way"] for row in found):
-            same = [r for r in found if (r["world"], r["way"]) == (world, way)]
-            gain = "" if way == "full SFT" else difference(of(way), of("full SFT"))
-            accuracy = f"{np.mean([v.mean() for v in of(way).values()]):.3f}"
-            steps = f"{np.mean([r['steps'] for r in same]) / FINAL_STEPS:.1f}"
-            agreement = [r["agreement"] for r in same if "agreement" in r]
-            told = f"{np.mean(agreement):+.2f}" if agreement else ""
-            trusted = str(sum(r["verdict"] == "trust" for r in same)) if "verdict" in same[0] else ""
-            rows.append([f"{world} ({len(same)})", way, accuracy, gain, steps, trusted, told])
-    head = ["world", "way", "accuracy", "over full SFT", "trainings to decide", "picks trusted"]
-    head.append("domain utility with shares")
-    return table(head, rows)
+def _joint_gain(way: str, over: str) -> str:
+    others = _joint_pools(over)
+    return pooled((pools, others[world]) for world, pools in _joint_pools(way).items())
+
+
+def joint_worlds() -> str:
+    """Gains over full SFT by world."""
+    full = _joint_pools("full SFT")
+    rows = [
+        [way, *(difference(pools, full[world]) for world, pools in _joint_pools(way).items())]
+        for way in _ways()
+        if way != "full SFT"
+    ]
+    return table(["over full SFT", *(f"{world} ({len(pools)})" for world, pools in full.items())], rows)
+
+
+def domain_utility() -> str:
+    """Rank agreement of domains' mean scores with the picked shares, by world and over all pools."""
+    found = [(row["world"], row["domain utility"]) for row in joint_rows() if row["way"] == "mixture"]
+    methods = list(found[0][1])
+    rows = []
+    for world in dict.fromkeys(world for world, _ in found):
+        same = [utility for w, utility in found if w == world]
+        cells = [f"{np.mean([utility[method]['agreement'] for utility in same]):+.2f}" for method in methods]
+        rows.append([f"{world} ({len(same)})", *cells])
+    drawn = [np.array([utility[method]["agreement"] for _, utility in found]) for method in methods]
+    ends = [bootstrap_interval(d, confidence=0.95, resamples=10_000, seed=0) for d in drawn]
+    overall = [f"{d.mean():+.2f} [{low:+.2f}, {high:+.2f}]" for d, (low, high) in zip(drawn, ends, strict=True)]
+    rows.append([f"all ({len(found)})", *overall])
+    return table(["world", *(method.replace("_", " ") for method in methods)], rows)
