@@ -87,6 +87,13 @@ MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
 RATING_ACCURACY = 0.8
+OF_ONE_SCORER = {
+    "by length": "low_loss_by_length",
+    "by neighbours": "low_loss_by_neighbours",
+    "visual gain": "visual_gain",
+    "entropy": "entropy_minus_loss",
+}
+PHASES = ("main", "more", *OF_ONE_SCORER, "few")
 AUTO = Select()  # the default recipe's arms
 AUTO_EPOCHS = 15.6  # 12 steps for each of eleven arms, 36 for five finalists
 RECIPE = """\
@@ -128,15 +135,10 @@ class Job:
 
 
 def jobs(phase: str) -> Iterator[Job]:
-    if phase == "by length":
-        yield from (Job("low_loss_by_length", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-    elif phase == "by neighbours":
-        yield from (Job("low_loss_by_neighbours", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-    elif phase == "visual gain":
-        yield from (Job("visual_gain", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
-        yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
-    elif phase == "entropy":
-        yield from (Job("entropy_minus_loss", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+    if phase in OF_ONE_SCORER:
+        yield from (Job(OF_ONE_SCORER[phase], fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+        if phase == "visual gain":
+            yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
     elif phase == "few":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("judge", 0.5), Job("judge", 0.2))
         yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
@@ -153,10 +155,6 @@ def jobs(phase: str) -> Iterator[Job]:
         yield from (Job(scorer, 0.1) for scorer in (*FEW, "random"))
         yield from (Job(scorer, 0.5, within="global") for scorer in FEW)
         yield from (Job(scorer, 0.5, protocol="fixed epochs") for scorer in (*FEW, "random"))
-
-
-PHASES = ("main", "more", "by length", "by neighbours", "visual gain", "entropy", "few")
-OF_THEIR_OWN = {"visual gain": "visual_gain", "entropy": "entropy_minus_loss"}  # phases of one scorer
 
 
 class World:
@@ -341,8 +339,9 @@ def run_world(
 ) -> list[dict[str, Any]]:
     """Scored by everything where `main` or `more` are asked for, else by what the phases need: a run folder each."""
     overrides, run = tuple(settings), "run"
-    own = [scorer for phase, scorer in OF_THEIR_OWN.items() if phase in phases]
+    alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
+        own = [scorer for scorer in alone if scorer in SCORERS]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:
@@ -351,9 +350,8 @@ def run_world(
             rows.append(world.auto(raced))
         if "main" in phases:  # of the pool, not of a model; they stand with the first
             rows[0] |= {"agreements": world.agreements((*SCORERS, "low_loss")), "score_seconds": world.score_seconds()}
-        elif own or "by neighbours" in phases:
-            found = world.agreements((*own, *["low_loss_by_neighbours"] * ("by neighbours" in phases)))
-            rows[0] |= {"agreements": found}
+        elif alone:
+            rows[0] |= {"agreements": world.agreements(alone)}
         return rows
 
 
