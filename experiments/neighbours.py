@@ -47,7 +47,7 @@ def in_domains(state_ND: np.ndarray, domain_N: np.ndarray, count: int) -> np.nda
     nearest_NK = np.empty((len(state_ND), count), dtype=np.int64)
     for domain in np.unique(domain_N):
         rows = np.flatnonzero(domain_N == domain)
-        nearest_NK[rows] = rows[neighbours(state_ND[rows], np.zeros(len(rows)), count)]
+        nearest_NK[rows] = rows[neighbours(state_ND[rows].__getitem__, np.zeros(len(rows)), count)]
     return nearest_NK
 
 

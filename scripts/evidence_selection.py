@@ -38,8 +38,8 @@ NAMES = {
     "put back worst": "exact 50 % and the worst fifth",
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
-    "auto, warmed up": "the bake-off after a warm-up on 5 %",
-    "auto low_loss, low_loss_by_neighbours, calibrated": "the bake-off with low loss by neighbours",
+    "auto low_loss, low_loss_by_length, calibrated": "the bake-off with low loss by length",
+    "auto, warmed up": "the same after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 WARMED = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients; run both ways
@@ -54,8 +54,8 @@ KNOWN = {  # pools known when a score was found, where not the first three
     ("low_loss_by_neighbours", "off-target 60 %"): 1,
     ("low_loss_by_neighbours", "clean"): 2,
 }
-BY_NEIGHBOURS = "auto low_loss, low_loss_by_neighbours, calibrated"
-AUTO = ("auto", "auto, warmed up", BY_NEIGHBOURS)
+BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, warmed up"  # races of arms before
+AUTO = ("auto", BY_LENGTH, WARMED_UP)
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "tail"),
@@ -75,11 +75,11 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
 def with_cold(folder: str, base: str) -> list[Row]:
     """The rows of a folder, whose scores are of a proxy warmed up on 5 % of the pool, and those without warm-up.
 
-    `auto` is the bake-off of the default recipe, which has none.
+    `auto` is the bake-off of the default recipe, which has none. What raced after a warm-up were the arms before.
     """
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
-    warm = [row | {"scorer": AUTO[1]} if row["scorer"] == "auto" else row for row in rows]
+    warm = [row | {"scorer": WARMED_UP} if row["scorer"] == BY_LENGTH else row for row in rows]
     named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in WARMED else row for row in cold]
     return [*warm, *(row for row in named if (row["world"], row["seed"]) in pools)]
 
@@ -515,26 +515,26 @@ def warm_up() -> str:
 
 
 def raced_cold() -> str:
-    """What the bake-off chooses without warm-up of the proxy, minus with it and minus what a user would else do."""
+    """What the bake-off with low loss by length chooses without warm-up, minus with it and more, paired."""
     others = {
-        "auto, warm-up 5 %": (AUTO[1], None),
+        "warm-up 5 %": (WARMED_UP, None),
         "full SFT": ("full", None),
         "low loss 50 %": ("low_loss", 0.5),
         "low loss 80 %": ("low_loss", 0.8),
         "clean samples only": ("oracle", None),
     }
-    return _raced("auto", "auto, warm-up 0 %", others)
+    return _raced(BY_LENGTH, "warm-up 0 %", others)
 
 
 def raced() -> str:
-    """What a race with low loss by neighbours, not by length, chooses, minus what the default does and more, paired."""
+    """What the bake-off chooses, minus what it does with low loss by length, not by neighbours, and more, paired."""
     others = {
-        "auto": ("auto", None),
+        "with low loss by length": (BY_LENGTH, None),
         "full SFT": ("full", None),
         "a half by neighbours": ("low_loss_by_neighbours", 0.5),
         "clean samples only": ("oracle", None),
     }
-    return _raced(BY_NEIGHBOURS, "with low loss by neighbours", others)
+    return _raced("auto", "auto", others)
 
 
 def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:

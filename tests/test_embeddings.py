@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datalloy.embeddings import embed, from_bytes, to_bytes
+from datalloy.embeddings import StoredStates, embed, from_bytes, to_bytes
 from datalloy.sample import Turn
 from datalloy.vlm import IGNORED
 from drawn import draw_samples
@@ -55,3 +55,14 @@ def test_pictures_and_texts_both_move_an_embedding(proxy):
 def test_states_come_back_from_their_file_as_they_were(proxy, pool):
     state_ND = embed(proxy, pool[:3])
     np.testing.assert_array_equal(from_bytes(to_bytes(state_ND)), state_ND)
+
+
+def test_stored_states_come_in_the_order_asked_for_and_are_nan_where_there_is_none(tmp_path):
+    state_ND = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    parts = [(tmp_path / "0.npy", [4, 0, 2]), (tmp_path / "1.npy", [1])]  # nothing of row 3
+    for path, rows in parts:
+        path.write_bytes(to_bytes(state_ND[rows]))
+    asked = np.array([1, 3, 2, 4, 0, 2])
+    expected = np.where(asked[:, None] == 3, np.nan, state_ND[asked])
+    np.testing.assert_array_equal(StoredStates(parts, 5)(asked), expected)
+    assert StoredStates(parts, 5)(np.arange(0)).shape == (0, 3)

@@ -353,7 +353,7 @@ def test_a_sample_whose_scoring_failed_is_not_embedded(recipe_path, tmp_path, mo
             metadata=table.metadata,
         )
         monkeypatch.setattr(workflow, "score", lambda: failed)
-        assert np.isnan(workflow._states_ND("prompts")).all(axis=1).nonzero()[0].tolist() == [3]
+        assert np.isnan(workflow._prompts(np.arange(len(workflow.pool)))).all(axis=1).nonzero()[0].tolist() == [3]
         found = workflow.scores_by("low_loss_by_neighbours")
     assert np.isnan(found.utility).nonzero()[0].tolist() == [3]
     assert found.state[3] == "oom"

@@ -225,7 +225,7 @@ class Select(Section):
         5.0, description="The bake-off trains for at most so many epochs of the pool in all."
     )
     bakeoff_arms: Annotated[tuple[ScorerName, ...], Listed, Field(min_length=1)] = Field(
-        ("low_loss", "low_loss_by_length", "calibrated"),
+        ("low_loss", "low_loss_by_neighbours", "calibrated"),
         description="Scorers that the bake-off tries, the first ones first where its budget is too small for all, "
         "beside random and the full pool.",
     )

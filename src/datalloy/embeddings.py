@@ -8,6 +8,7 @@ answer is begun: prompts are near each other where the model is about to say the
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,3 +37,29 @@ def to_bytes(state_ND: np.ndarray) -> bytes:
 
 def from_bytes(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+class StoredStates:
+    """Vectors that lie in files of `to_bytes`: rows of the pool in, [R], their vectors out, [R, width] float32.
+
+    NaN where there is none. They are read when they are asked for: those of a large pool need not fit into memory.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path, Sequence[int]]], rows: int) -> None:
+        """`parts`: each file and the rows of the pool that it has, in its order; `rows`: how many the pool has."""
+        self._paths = [path for path, _ in parts]
+        self._part_N, self._place_N = np.full(rows, -1), np.zeros(rows, dtype=np.int64)
+        for number, (_, held) in enumerate(parts):
+            self._part_N[list(held)] = number
+            self._place_N[list(held)] = np.arange(len(held))
+        self._width = from_bytes(self._paths[0].read_bytes()).shape[1]
+
+    def __call__(self, row_R: np.ndarray) -> np.ndarray:
+        state_RD = np.full((len(row_R), self._width), np.nan, dtype=np.float32)
+        part_R = self._part_N[row_R]
+        order_R = np.argsort(part_R, kind="stable")
+        for asked in np.split(order_R, np.flatnonzero(np.diff(part_R[order_R])) + 1):
+            if len(asked) and (number := part_R[asked[0]]) >= 0:
+                held_PD = from_bytes(self._paths[number].read_bytes())
+                state_RD[asked] = held_PD[self._place_N[row_R[asked]]]
+        return state_RD

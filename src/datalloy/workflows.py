@@ -455,26 +455,28 @@ class Workflow:
     @cached_property
     def _directions_ND(self) -> np.ndarray:
         """Where the proxy's last layer puts each sample, seen from the pool's mean, in the order of the pool."""
-        return directions(self._states_ND("samples"))
+        return directions(self._states("samples")(np.arange(len(self.pool))))
 
-    def _states_ND(self, of: embeddings.Embedded) -> np.ndarray:
-        """Where the proxy's last layer puts each sample or its prompt; NaN for those whose scoring failed."""
+    @cached_property
+    def _prompts(self) -> embeddings.StoredStates:
+        """Where the proxy's last layer puts the prompts of samples."""
+        return self._states("prompts")
+
+    def _states(self, of: embeddings.Embedded) -> embeddings.StoredStates:
+        """Where the proxy's last layer puts samples or their prompts; NaN for those whose scoring failed."""
         table = self.score()
         is_usable_N = table.is_ok | np.isfinite(table.loss)
         folder = "embeddings" if of == "samples" else "prompts"
-        units, usable = [], []
+        units = []
         for number, shard in enumerate(self._shards()):
             rows = [row for row in shard if is_usable_N[row]]
             if rows:
                 units.append(Unit(f"{folder}/{number:05d}", "score", "embed", (of, *rows)))
-                usable += rows
         if any(self.run.finished(unit.name) is None for unit in units):
             _ = self._proxy  # tuned here, where workers are yet to load it
             complete(self.engine, self.run, units, f"embed {of}")
-        parts = [embeddings.from_bytes(self.run.path(f"{unit.name}.npy").read_bytes()) for unit in units]
-        state_ND = np.full((len(self.pool), parts[0].shape[1]), np.nan, dtype=np.float32)
-        state_ND[usable] = np.concatenate(parts)
-        return state_ND
+        parts = [(self.run.path(f"{unit.name}.npy"), unit.arguments[1:]) for unit in units]
+        return embeddings.StoredStates(parts, len(self.pool))
 
     def _embed_shard(self, unit: Unit, coming: Unit | None) -> None:
         of, *rows = unit.arguments
@@ -506,7 +508,7 @@ class Workflow:
             table.domain,
             self.pool.content_hashes(),
             self.recipe.select.seed,
-            lambda: self._states_ND("prompts"),
+            lambda row_R: self._prompts(row_R),
         )
         utility_N = scorers.BASELINES[scorer](seen)
         # what a rater could not rate has a loss all the same; where no model was asked there are no losses at all

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from datalloy.config import Precision
 from datalloy.scorers.one_step import ScoreBlock
-from datalloy.similarity import median_of_neighbours
+from datalloy.similarity import States, median_of_neighbours
 from datalloy.strata import MAX_STRATA, length_strata
 from datalloy.vlm import VLM, Encoded
 
@@ -23,7 +23,7 @@ from datalloy.vlm import VLM, Encoded
 class Seen(NamedTuple):
     """What baselines may see: losses (nats per token), supervised tokens, domains, content hashes (once); a seed.
 
-    `prompts`: where the proxy puts each prompt, [N, D], for a pass of its own.
+    `prompts`: gives where the proxy puts the prompts of these samples, [R, D], for a pass of its own over all.
     """
 
     loss_N: np.ndarray
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     domain_N: np.ndarray
     keys: Iterable[str]
     seed: int
-    prompts: Callable[[], np.ndarray] | None = None
+    prompts: States | None = None
 
 
 def random_score(seen: Seen) -> np.ndarray:
@@ -70,12 +70,16 @@ def low_loss_by_neighbours(seen: Seen) -> np.ndarray:
     """
     if seen.prompts is None:
         raise ValueError("low_loss_by_neighbours needs to see the prompts")
-    prompt_ND, draw_N = seen.prompts(), random_score(seen)
+    prompts, draw_N = seen.prompts, random_score(seen)
     gain_N = np.full(len(seen.loss_N), np.nan)
     known_N = np.isfinite(seen.loss_N)
     for domain in np.unique(seen.domain_N[known_N]):
         rows = np.flatnonzero(known_N & (seen.domain_N == domain))
-        median_N = median_of_neighbours(seen.loss_N[rows], prompt_ND[rows], draw_N[rows])
+
+        def of_domain(places: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return prompts(rows[places])
+
+        median_N = median_of_neighbours(seen.loss_N[rows], of_domain, draw_N[rows])
         gain_N[rows] = median_N - seen.loss_N[rows]
     return gain_N
 
