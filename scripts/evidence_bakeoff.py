@@ -46,6 +46,7 @@ class Rule:
     nearly_tied: float = bakeoff.NEARLY_TIED
     runs: tuple[str, str] = ("short", "long")  # by what the first round judges, and the second
     budget: int = 10**6  # training steps of the race
+    favoured: Arm | None = None  # wins where the race's winner does not lead it by a standard error
 
 
 FORMER = (FULL, RANDOM, *LOW, *OST)  # what the default recipe raced before answers of like length were compared
@@ -114,6 +115,9 @@ COLD_RULES = {
             ("all three low losses and OST raced", (*LOW, *LIKE, *NEAR, *OST)),
         )
     },
+    "low loss, low loss by neighbours and OST raced, a half by neighbours where none leads it": Rule(
+        (FULL, RANDOM, *LOW, *NEAR, *OST), runs=("part", "long"), favoured=NEAR[1]
+    ),
 }
 HALF = ("half", "half")
 PARTS = {
@@ -208,20 +212,27 @@ class Pool:
     def chosen(self, rule: Rule, seeds: Sequence[int], item_V: np.ndarray) -> Arm:
         if len(rule.arms) == 1:
             return rule.arms[0]
+
+        def values_of(arm: Arm, number: int) -> np.ndarray:
+            return np.mean([self.value_V[seed, arm, rule.runs[number - 1]][item_V] for seed in seeds], axis=0)
+
+        weight_V = np.full(len(item_V), 1 / len(item_V))
         constants = {"BEST": rule.best, "FINALISTS": rule.best + 2, "NEARLY_TIED": rule.nearly_tied}
         # margins are not looked at, and take most of a race's time
         with patch.multiple(bakeoff, **constants, _margins=lambda *_: (), _margin=lambda *_: None):
             outcome = bakeoff.race(
                 rule.arms,
-                lambda arm, _, number: np.mean(
-                    [self.value_V[seed, arm, rule.runs[number - 1]][item_V] for seed in seeds], axis=0
-                ),
+                lambda arm, _, number: values_of(arm, number),
                 base_V=np.zeros(len(item_V)),
-                weight_V=np.full(len(item_V), 1 / len(item_V)),
+                weight_V=weight_V,
                 budget_steps=rule.budget,
                 longest_steps=FINAL_STEPS,
                 seed=0,
             )
+        if rule.favoured is not None:
+            lead, error = bakeoff._lead(values_of(outcome.winner, 2), values_of(rule.favoured, 2), weight_V)
+            if lead < error:
+                return rule.favoured
         return outcome.winner
 
     def elsewhere(self, arm: Arm, seeds: Sequence[int]) -> float:
