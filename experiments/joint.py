@@ -6,11 +6,12 @@
 Three domains, two of which have a target, with the faults of the worlds of selection.py in all three. Five ordinary
 recipes: `full SFT` (all samples as they lie), `selection` (half of each domain by low loss by neighbours, the best of
 the selections that need no run), `mixture` (whole domains, merged experts, three real runs), `both` (the mixture of
-what the selection keeps) and `buckets` (every domain cut at the middle of its scores, and the six halves mixed). What
-is mixed takes the pick where its confirmed gain is trusted, else uniform shares; rows `..., followed` take the pick
-whatever the verdict says. The final training takes 40 steps of 16 everywhere; `steps` says how many were taken to
-decide. The base is blurred (bases.py). Beside the rows of `mixture` stands how far domain-level utility (the mean of a
-score over a domain) ranks domains as the picked shares do. Resumable. Five minutes of one core a world and seed.
+what the selection keeps) and `buckets` (every domain cut at the middle of its scores, and the six halves mixed). Of the
+ways that mix there are two rows, of the model trained on uniform shares and of the model trained on the pick, with the
+gain that the verdict read; which of the two is to be had is the verdict's rule (`scripts/evidence.py`). The final
+training takes 40 steps of 16 everywhere; `steps` says how many were taken to decide. The base is blurred (bases.py).
+Beside the rows of `mixture` stands how far domain-level utility (the mean of a score over a domain) ranks domains as
+the picked shares do. Resumable. Five minutes of one core a world and seed.
 """
 
 from collections.abc import Mapping
@@ -36,8 +37,7 @@ from datalloy.workflows import Workflow
 
 ALL = (*DOMAINS, "table")
 PER_DOMAIN, STEPS, BATCH = 160, 40, 16
-VERIFY_RUNS = 3
-MIXTURE = {"verify_runs": VERIFY_RUNS, "checkpoints": []}
+MIXTURE = {"verify_runs": 3, "checkpoints": []}
 WAYS: Mapping[str, dict[str, Any]] = {
     "full SFT": {"select": {"keep_fraction": 1.0, "drop_toxic": False}},
     "selection": {},
@@ -77,32 +77,32 @@ def recipe_of(way: str, seed: int, base: str) -> dict[str, Any]:
 
 
 def run_way(way: str, world: str, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """The row of a recipe; of one that mixes, also that of the model trained on its pick."""
+    """The row of a recipe; of one that mixes those of uniform shares and of the pick."""
     path = folder / f"{slug(way)}.yaml"
     write_atomically(path, dump_yaml(recipe_of(way, seed, base_path("blurred", folder.parent))).encode())
     with Run(load_recipe(path), folder / slug(way)) as run:
         work = Workflow(run)
-        model = work.train()
         held_out = HeldOut.lay_out(work)
-        about = {"world": world, "seed": seed}
-        measured = run.once("measured", lambda: held_out.measure(VLM.load(str(model))))
+
+        def measured(unit: str, model: Path) -> dict[str, Any]:
+            return run.once(unit, lambda: held_out.measure(VLM.load(str(model))))
+
+        about = {"world": world, "seed": seed, "way": way}
         if work.recipe.mixture is None:
-            return [{**about, "way": way, "steps": 0, **measured}]
+            return [{**about, "steps": 0, **measured("measured", work.train())}]
         advice, mixing = work.verify(), work.mixing
         gain = advice.to_json()["expected_gain_vs_uniform"]
-        told = {
+        about |= {
             "steps": STEPS * (len(mixing.names) + advice.spent.runs),
             "share": dict(advice.searched),
-            "verdict": advice.verdict,
+            "trusted": advice.trusted,
             "gain": [gain["mean"], *gain["interval"]],
             "domain utility": domain_utility(work) if way == "mixture" else {},
         }
-        picked = mixing.train_on(np.array([advice.searched[name] for name in mixing.names]))
-        followed = run.once("measured-pick", lambda: held_out.measure(VLM.load(str(picked))))
-        steps = STEPS * (len(mixing.names) + VERIFY_RUNS)
+        pick_K = np.array([advice.searched[name] for name in mixing.names])
         return [
-            {**about, "way": way, **told, **measured},
-            {**about, "way": f"{way}, followed", "steps": steps, "share": told["share"], **followed},
+            {**about, "shares": "uniform", **measured("measured-uniform", mixing.train_on(mixing.simplex.uniform))},
+            {**about, "shares": "pick", **measured("measured-pick", mixing.train_on(pick_K))},
         ]
 
 
@@ -135,7 +135,8 @@ def main() -> None:
         for world in args.worlds:
             rows = run_world(world, seed, args.runs / f"{slug(world)}-{seed}")
             write_json(args.out / f"{slug(world)}-{seed}.json", {"rows": rows, **provenance()})
-            print(world, seed, {row["way"]: round(row["accuracy"], 3) for row in rows}, flush=True)
+            shown = {f"{row['way']} {row.get('shares', '')}": round(row["accuracy"], 3) for row in rows}
+            print(world, seed, shown, flush=True)
 
 
 if __name__ == "__main__":

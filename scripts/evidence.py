@@ -60,6 +60,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "promises": evidence_mixtures.promises,
     "training_luck": evidence_mixtures.training_luck,
     "joint": evidence_mixtures.joint,
+    "picks_followed": evidence_mixtures.picks_followed,
     "joint_worlds": evidence_mixtures.joint_worlds,
     "domain_utility": evidence_mixtures.domain_utility,
 }

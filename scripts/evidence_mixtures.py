@@ -13,6 +13,7 @@ from evidence_tables import Pools, by_pool, difference, pooled, table
 
 RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
+LOST = 0.02  # of accuracy
 DEFAULT_CONFIRMING = "2"  # trainings, as a key of the rows
 SIZES = (0, 1, 2, 3, 4, 6, 8)
 
@@ -221,10 +222,12 @@ def promises() -> str:
                 f"{np.mean(high - low) / 2:.3f}",
                 f"{((low <= delivered) & (delivered <= high)).sum()} of {len(found)}",
                 ", ".join(f"{gain:+.3f}" for gain in delivered[trusted]),
+                *(f"{(delivered * is_followed).mean():+.3f}" for is_followed in (trusted, promised > 0)),
             ]
         )
     head = ["gain over uniform shares", "promised", "delivered", "root mean square error", "half the interval"]
-    return table([*head, "intervals that hold it", "delivered where trusted"], rows)
+    followed = ["mean over all if followed where shown", "where above zero"]
+    return table([*head, "intervals that hold it", "delivered where trusted", *followed], rows)
 
 
 def training_luck() -> str:
@@ -245,27 +248,44 @@ def joint_rows() -> list[dict[str, Any]]:
     return [row for path in sorted((RESULTS / "joint").glob("*.json")) for row in json.loads(path.read_text())["rows"]]
 
 
-def _ways() -> list[str]:
-    return list(dict.fromkeys(row["way"] for row in joint_rows()))
+MEAN, LOW = 0, 1  # of a gain, in a row
+FOLLOWED = {  # the pick is trained on, and not uniform shares, where this of its confirmed gain is above that
+    "never": (MEAN, np.inf),
+    "where its gain is shown": (LOW, 0.0),
+    "where it is likelier than a loss": (MEAN, 0.0),
+    "always": (MEAN, -np.inf),
+}
+
+
+def _joint_ways() -> dict[str, list[dict[str, Any]]]:
+    """The rows of every way: of those that mix, of uniform shares or of the pick, as each rule would have it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in joint_rows():
+        if "shares" not in row:
+            found.setdefault(row["way"], []).append(row)
+            continue
+        for name, (part, floor) in FOLLOWED.items():
+            if (row["shares"] == "pick") == (row["gain"][part] > floor):
+                found.setdefault(f"{row['way']}, the pick followed {name}", []).append(row)
+    return found
 
 
 def _joint_pools(way: str) -> dict[str, Pools]:
     """Right or wrong for every held-out question, by world and pool."""
-    worlds = dict.fromkeys(row["world"] for row in joint_rows())
-    return {w: by_pool(r for r in joint_rows() if (r["world"], r["way"]) == (w, way)) for w in worlds}
+    rows = _joint_ways()[way]
+    return {w: by_pool(row for row in rows if row["world"] == w) for w in dict.fromkeys(row["world"] for row in rows)}
 
 
 def joint() -> str:
     """Neither, selection, mixture, both and buckets in the mean over all pools, and what deciding took."""
     rows = []
-    for way in _ways():
-        same = [row for row in joint_rows() if row["way"] == way]
+    for way, same in _joint_ways().items():
         gains = ["" if way == over else _joint_gain(way, over) for over in ("full SFT", "selection")]
-        trainings = f"{np.mean([row['steps'] for row in same]) / FINAL_STEPS:.1f}"
-        trusted = str(sum(row["verdict"] == "trust" for row in same)) if "verdict" in same[0] else ""
+        trainings = "0.0" if way.endswith("never") else f"{np.mean([row['steps'] for row in same]) / FINAL_STEPS:.1f}"
+        followed = str(sum(row["shares"] == "pick" for row in same)) if "shares" in same[0] else ""
         accuracy = f"{np.mean([row['accuracy'] for row in same]):.3f}"
-        rows.append([f"{way} ({len(same)})", accuracy, *gains, trainings, trusted])
-    return table(["way", "accuracy", "over full SFT", "over selection", "trainings to decide", "picks trusted"], rows)
+        rows.append([f"{way} ({len(same)})", accuracy, *gains, trainings, followed])
+    return table(["way (pools)", "accuracy", "over full SFT", "over selection", "trainings to decide", "picks"], rows)
 
 
 def _joint_gain(way: str, over: str) -> str:
@@ -273,20 +293,38 @@ def _joint_gain(way: str, over: str) -> str:
     return pooled((pools, others[world]) for world, pools in _joint_pools(way).items())
 
 
+def picks_followed() -> str:
+    """What following the pick gains over uniform shares, by way and rule, in the mean over all pools."""
+    mixing = list(dict.fromkeys(row["way"] for row in joint_rows() if "shares" in row))
+    rows = []
+    for name in list(FOLLOWED)[1:]:
+        pairs = [
+            (pools, _joint_pools(f"{way}, the pick followed never")[world])
+            for way in mixing
+            for world, pools in _joint_pools(f"{way}, the pick followed {name}").items()
+        ]
+        cells = [_joint_gain(f"{way}, the pick followed {name}", f"{way}, the pick followed never") for way in mixing]
+        gains = np.array([float((a[pool] - b[pool]).mean()) for a, b in pairs for pool in a])
+        lost = f"{(gains < -LOST).sum()} of {len(gains)}"
+        rows.append([name, *cells, pooled(pairs), lost])
+    return table(["the pick is followed", *mixing, "all three", f"more than {LOST} lost"], rows)
+
+
 def joint_worlds() -> str:
-    """Gains over full SFT by world."""
+    """Gains over full SFT by world, the pick followed as the verdict has it."""
     full = _joint_pools("full SFT")
+    ways = [way for way in _joint_ways() if way != "full SFT" and ("follow" not in way or way.endswith("a loss"))]
     rows = [
-        [way, *(difference(pools, full[world]) for world, pools in _joint_pools(way).items())]
-        for way in _ways()
-        if way != "full SFT"
+        [way.partition(",")[0], *(difference(pools, full[world]) for world, pools in _joint_pools(way).items())]
+        for way in ways
     ]
     return table(["over full SFT", *(f"{world} ({len(pools)})" for world, pools in full.items())], rows)
 
 
 def domain_utility() -> str:
     """Rank agreement of domains' mean scores with the picked shares, by world and over all pools."""
-    found = [(row["world"], row["domain utility"]) for row in joint_rows() if row["way"] == "mixture"]
+    found = [(row["world"], row["domain utility"]) for row in joint_rows() if row.get("domain utility")]
+    found = found[::2]  # the same stands with the rows of uniform shares and of the pick
     methods = list(found[0][1])
     rows = []
     for world in dict.fromkeys(world for world, _ in found):

@@ -311,6 +311,33 @@ def test_a_gain_that_further_trainings_do_not_show_is_not_trusted():
     assert "confirmed by 1 further training of each on 100 items that decided nothing" in verdict.reason
 
 
+LIKELY, UNLIKELY = 0.03, 0.0  # as told to `trainings`, whose draw of items takes .015 off
+
+
+def test_a_confirmed_gain_that_is_likelier_than_a_loss_is_followed_and_not_trusted():
+    gains = {"pick": 0.1, "uniform": 0.0}
+    likely = verdict_on(gains, confirmation=trainings(LIKELY))
+    assert likely.gain_vs_uniform.interval.low < 0 < likely.gain_vs_uniform.mean
+    assert (likely.verdict, likely.trusted) == ("follow", False)
+    assert "likelier than a loss, but not shown" in likely.reason
+    unlikely = verdict_on(gains, confirmation=trainings(UNLIKELY))
+    assert unlikely.gain_vs_uniform.mean < 0 < unlikely.gain_vs_uniform.interval.high
+    assert unlikely.verdict == "use uniform"
+
+
+def test_a_gain_by_the_runs_that_chose_the_pick_is_not_followed_where_it_is_not_shown():
+    verdict = verdict_on({"pick": 0.01, "uniform": 0.0}, noise=0.1)
+    assert verdict.gain_vs_uniform.interval.low < 0 < verdict.gain_vs_uniform.mean
+    assert (verdict.verdict, verdict.gain_vs_uniform.source) == ("use uniform", "measured")
+
+
+def test_a_pick_that_breaks_a_guard_rail_is_not_followed():
+    wish = objective(base_G=(0.0, 0.9), max_fall_G=(np.inf, 0.1))
+    verdict = verdict_on({"pick": 0.1, "uniform": 0.0}, wish=wish, confirmation=trainings(LIKELY))
+    assert verdict.gain_vs_uniform.mean > 0
+    assert verdict.verdict == "use uniform"
+
+
 def test_a_gain_that_they_show_is_trusted_without_a_price_for_the_choice():
     confirmation = trainings(0.1, further=2)
     verdict = verdict_on({"pick": 0.1, "uniform": 0.0}, confirmation=confirmation, chosen_among=100)

@@ -1,4 +1,4 @@
-"""What a few real runs say about the advice in, a verdict on it out: trust it, use uniform weights, deploy the merge.
+"""What a few real runs say about the advice in, a verdict on it out: trust, follow, use uniform, deploy the merge.
 
 Two things make the best of a few runs look better than it is: the search, the calibration and the choice were made on
 the same target items, and among trainings of which some were lucky. In the drawn pools of experiments/mixtures.py a
@@ -34,7 +34,7 @@ from datalloy.uncertainty import (
     top_1_regret_interval,
 )
 
-Decision = Literal["trust", "use uniform", "deploy the merge"]
+Decision = Literal["trust", "follow", "use uniform", "deploy the merge"]
 
 RESAMPLES = 2000
 # Two trainings on one mixture differ on an item by luck that other items share to this part: of a target's mean, the
@@ -152,10 +152,10 @@ class Agreement:
 class Verdict:
     """What to do, how sure that is, and why, for one objective at one confidence.
 
-    trust: the gain over uniform weights is above zero with its whole interval. use uniform: it is not, or the pick
-    breaks a guard rail. deploy the merge: the merged model at the pick scores above every trained model, each beyond
-    its paired interval; `merge_score` is then its objective and else None, and `trusted` still speaks of training on
-    the pick.
+    trust: the gain over uniform weights is above zero with its whole interval. follow: it is confirmed and above zero,
+    but not with its whole interval: a gain is likelier than a loss. use uniform: neither, or the pick breaks a guard
+    rail. deploy the merge: the merged model at the pick scores above every trained model, each beyond its paired
+    interval; `merge_score` is then its objective and else None, and `trusted` still speaks of training on the pick.
 
     What the intervals cover stands in `Gain`. Gains that are not confirmed lean to the high side: the pick was chosen
     by the very trainings that are compared.
@@ -208,6 +208,7 @@ def judge(
     broken = None if objective.allowed(value_G) else _broken_rail(trained.targets, objective, value_G)
     is_merge_best = pick is not None and _is_merge_best(trained, scores, objective, pick, confidence)
     trusted = broken is None and over_uniform.interval.low > 0
+    is_likely = broken is None and over_uniform.source == "confirmed" and over_uniform.mean > 0
     reason = broken or _gain_in_words(
         over_uniform, trained, confidence, confirmation, is_uniform=_is_same(pick_K, uniform_K)
     )
@@ -218,7 +219,7 @@ def judge(
             f"{scores.true_N.max():.4f}) by more than its {confidence:.0%} interval; of training: {reason}"
         )
     return Verdict(
-        verdict="deploy the merge" if is_merge_best else "trust" if trusted else "use uniform",
+        verdict=_decide(is_merge_best=is_merge_best, trusted=trusted, is_likely=is_likely),
         trusted=trusted,
         reason=reason,
         confidence=confidence,
@@ -227,6 +228,14 @@ def judge(
         agreement=_agree(scores, ~trained.is_vertex_N, confidence),
         merge_score=merge_score,
     )
+
+
+def _decide(*, is_merge_best: bool, trusted: bool, is_likely: bool) -> Decision:
+    if is_merge_best:
+        return "deploy the merge"
+    if trusted:
+        return "trust"
+    return "follow" if is_likely else "use uniform"
 
 
 @dataclass(frozen=True)
@@ -346,6 +355,8 @@ def _gain_in_words(
         return f"Training on the pick gains {numbers} over uniform weights."
     if high < 0:
         return f"Training on the pick loses against uniform weights: {numbers}."
+    if gain.source == "confirmed" and gain.mean > 0:
+        return f"A gain over uniform weights is likelier than a loss, but not shown: it is {numbers}."
     return f"A gain over uniform weights is not shown: it is {numbers}."
 
 
