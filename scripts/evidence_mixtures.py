@@ -257,6 +257,7 @@ FOLLOWED = {  # the pick is trained on, and not uniform shares, where this of it
 }
 
 
+@cache
 def _joint_ways() -> dict[str, list[dict[str, Any]]]:
     """The rows of every way: of those that mix, of uniform shares or of the pick, as each rule would have it."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -289,8 +290,12 @@ def joint() -> str:
 
 
 def _joint_gain(way: str, over: str) -> str:
+    return pooled(_joint_pairs(way, over))
+
+
+def _joint_pairs(way: str, over: str) -> list[tuple[Pools, Pools]]:
     others = _joint_pools(over)
-    return pooled((pools, others[world]) for world, pools in _joint_pools(way).items())
+    return [(pools, others[world]) for world, pools in _joint_pools(way).items()]
 
 
 def picks_followed() -> str:
@@ -298,12 +303,9 @@ def picks_followed() -> str:
     mixing = list(dict.fromkeys(row["way"] for row in joint_rows() if "shares" in row))
     rows = []
     for name in list(FOLLOWED)[1:]:
-        pairs = [
-            (pools, _joint_pools(f"{way}, the pick followed never")[world])
-            for way in mixing
-            for world, pools in _joint_pools(f"{way}, the pick followed {name}").items()
-        ]
-        cells = [_joint_gain(f"{way}, the pick followed {name}", f"{way}, the pick followed never") for way in mixing]
+        by_way = [_joint_pairs(f"{way}, the pick followed {name}", f"{way}, the pick followed never") for way in mixing]
+        pairs = [pair for pairs in by_way for pair in pairs]
+        cells = [pooled(pairs) for pairs in by_way]
         gains = np.array([float((a[pool] - b[pool]).mean()) for a, b in pairs for pool in a])
         lost = f"{(gains < -LOST).sum()} of {len(gains)}"
         rows.append([name, *cells, pooled(pairs), lost])
@@ -323,8 +325,9 @@ def joint_worlds() -> str:
 
 def domain_utility() -> str:
     """Rank agreement of domains' mean scores with the picked shares, by world and over all pools."""
-    found = [(row["world"], row["domain utility"]) for row in joint_rows() if row.get("domain utility")]
-    found = found[::2]  # the same stands with the rows of uniform shares and of the pick
+    # the same stands with the rows of uniform shares and of the pick
+    picks = [row for row in joint_rows() if row.get("shares") == "pick" and row["domain utility"]]
+    found = [(row["world"], row["domain utility"]) for row in picks]
     methods = list(found[0][1])
     rows = []
     for world in dict.fromkeys(world for world, _ in found):

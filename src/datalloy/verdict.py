@@ -58,6 +58,11 @@ class Gain:
     source: Literal["confirmed", "measured", "predicted"]
     training_sd: float | None = None
 
+    @property
+    def is_likely(self) -> bool:
+        """Likelier than a loss, by trainings and items that chose nothing."""
+        return self.source == "confirmed" and self.mean > 0
+
 
 @dataclass(frozen=True)
 class Confirmation:
@@ -208,7 +213,7 @@ def judge(
     broken = None if objective.allowed(value_G) else _broken_rail(trained.targets, objective, value_G)
     is_merge_best = pick is not None and _is_merge_best(trained, scores, objective, pick, confidence)
     trusted = broken is None and over_uniform.interval.low > 0
-    is_likely = broken is None and over_uniform.source == "confirmed" and over_uniform.mean > 0
+    is_likely = broken is None and over_uniform.is_likely
     reason = broken or _gain_in_words(
         over_uniform, trained, confidence, confirmation, is_uniform=_is_same(pick_K, uniform_K)
     )
@@ -355,7 +360,7 @@ def _gain_in_words(
         return f"Training on the pick gains {numbers} over uniform weights."
     if high < 0:
         return f"Training on the pick loses against uniform weights: {numbers}."
-    if gain.source == "confirmed" and gain.mean > 0:
+    if gain.is_likely:
         return f"A gain over uniform weights is likelier than a loss, but not shown: it is {numbers}."
     return f"A gain over uniform weights is not shown: it is {numbers}."
 
