@@ -11,6 +11,7 @@ import pytest
 from datalloy import mixing
 from datalloy.config import ScorerName, load_recipe
 from datalloy.costs import estimate
+from datalloy.durable import digest
 from datalloy.errors import DataError, RecipeError
 from datalloy.mixture import Mixture, read_candidates
 from datalloy.report import write_report
@@ -18,6 +19,7 @@ from datalloy.run import Run
 from datalloy.scores import Scores
 from datalloy.summary import summarise
 from datalloy.tiny.pools import PoolPlan, write_pool
+from datalloy.training import train
 from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
@@ -324,6 +326,30 @@ def test_a_pick_that_is_not_uniform_is_confirmed_by_trainings_from_other_seeds(r
         again = {path.read_bytes() for path in run.path("mixture/confirm").glob("*/model.safetensors")}
     assert len(again) == 4
     assert uniform not in again
+
+
+def test_a_mixture_is_trained_on_in_its_order_and_confirmed_in_others(recipe_path, tmp_path, monkeypatch):
+    schedules, losses = [], []
+
+    def watched(vlm, encoded, *arguments, in_order=False, **options):
+        if in_order:
+            schedules.append([digest(sample.inputs["input_ids"].tolist()) for sample in encoded])
+        return train(vlm, encoded, *arguments, in_order=in_order, **options)
+
+    monkeypatch.setattr(mixing, "train", watched)
+    short = ("mixture.data=whole", "train.samples=16", "mixture.checkpoints=[]", "mixture.confirm_runs=2")
+    with Run(load_recipe(recipe_path, short), tmp_path / "run") as run:
+        work = Workflow(run).mixing
+        weight_K = np.array([0.5, 0.25, 0.25])
+        for unit in (work._real_run(weight_K), *(work._confirm_unit(weight_K, number) for number in (1, 2))):
+            work.perform(unit)
+            losses.append(run.finished(unit.name)["losses"])
+        shares = [Counter(s.domain for s in work._samples_of(weight_K, 16, order)[:8]) for order in (0, 1000)]
+    assert len(schedules) == 3
+    assert len({tuple(sorted(schedule)) for schedule in schedules}) == 1  # the same samples
+    assert len({tuple(schedule) for schedule in schedules}) == 3
+    assert len({tuple(each) for each in losses}) == 3
+    assert shares == [{"chart": 4, "counting": 2, "table": 2}] * 2
 
 
 def test_experts_of_low_rank_are_merged_as_adapters(recipe_path, tmp_path):

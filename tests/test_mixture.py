@@ -193,6 +193,25 @@ def test_each_pass_has_an_order_of_its_own():
     assert sorted(rows[:30]) == sorted(rows[30:])
 
 
+@given(pools(), st.integers(0, 2**32))
+def test_another_order_has_the_same_samples_pass_by_pass(pool, order_seed):
+    weights, ids, total, seed = pool
+    first, other = (by_domain(materialise(weights, ids, total, seed, order)) for order in (seed, order_seed))
+    for name, taken in first.items():
+        passes = range(0, len(taken), len(ids[name]))
+        assert [set(taken[i : i + len(ids[name])]) for i in passes] == [
+            set(other[name][i : i + len(ids[name])]) for i in passes
+        ]
+
+
+def test_the_order_is_drawn_from_its_own_seed():
+    ids = {"chart": list(range(50))}
+    first, other = (materialise({"chart": 1.0}, ids, 75, 0, order) for order in (0, 1))
+    assert first == materialise({"chart": 1.0}, ids, 75, 0)
+    assert first[:50] != other[:50]
+    assert first[50:] != other[50:]
+
+
 def test_a_larger_total_keeps_the_samples_of_a_smaller_one():
     """So that a longer training contains the shorter one's samples, domain by domain."""
     ids = {"chart": list(range(40)), "table": list(range(40))}

@@ -196,6 +196,20 @@ def test_samples_are_encoded_when_their_step_comes(vlm, encoded):
     assert asked == sample_order(len(encoded), 24, FULL.seed).tolist()
 
 
+def test_a_list_in_order_is_trained_on_as_it_lies(untrained, encoded):
+    scheduled, shuffled = untrained.copy(), untrained.copy()
+    order = sample_order(len(encoded), 24, FULL.seed)
+    train(scheduled, [encoded[i] for i in order], FULL, None, steps=3, in_order=True)
+    train(shuffled, encoded, FULL, None, steps=3)
+    for name, weight in shuffled.model.state_dict().items():
+        assert torch.equal(weight, scheduled.model.state_dict()[name])
+
+
+def test_a_list_in_order_has_as_many_samples_as_are_seen(vlm, encoded):
+    with pytest.raises(DataError, match=r"3 steps of 8 see 24 samples, and 23 were laid out in order"):
+        train(vlm, (encoded * 3)[:23], FULL, None, steps=3, in_order=True)
+
+
 # --- what is trained
 
 

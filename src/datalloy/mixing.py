@@ -591,8 +591,8 @@ class Mixing:
 
     def _train_mixture(self, unit: str, weight_K: np.ndarray, settings: config.Train) -> None:
         vlm, folder = self.base.copy(), self.run.path(unit)
-        encoded = self._encode(vlm, self._samples_of(weight_K, self.steps * settings.batch_size))
-        trained = train(vlm, encoded, settings, folder, steps=self.steps)
+        samples = self._samples_of(weight_K, self.steps * settings.batch_size, settings.seed)
+        trained = train(vlm, self._encode(vlm, samples), settings, folder, steps=self.steps, in_order=True)
         self.run.commit(unit, [folder], {**asdict(trained), "weights": self._named(weight_K)})
 
     def trained(self, weight_K: np.ndarray) -> np.ndarray:
@@ -653,10 +653,10 @@ class Mixing:
         self.run.commit(unit, [folder], {**facts, "kept": _distinct(self.training_set())})
 
     def _train_final(self, unit: str, folder: Path) -> None:
-        samples = self.training_set()
-        vlm, steps = self.base.copy(), self.total // self.run.recipe.train.batch_size
-        facts = asdict(train(vlm, self._encode(vlm, samples), self.run.recipe.train, folder, steps=steps))
-        self.run.commit(unit, [folder], {**facts, "kept": _distinct(samples)})
+        samples, settings, vlm = self.training_set(), self.run.recipe.train, self.base.copy()
+        steps = self.total // settings.batch_size
+        trained = train(vlm, self._encode(vlm, samples), settings, folder, steps=steps, in_order=True)
+        self.run.commit(unit, [folder], {**asdict(trained), "kept": _distinct(samples)})
 
     def write_merge(self) -> Path | None:
         """The merged model at the searched mixture as a checkpoint, where the verdict offers it; else None."""
@@ -671,7 +671,7 @@ class Mixing:
 
     def training_set(self) -> list[Sample]:
         """The samples of the final training, in order and with repetitions: exact counts by largest remainder."""
-        return self._samples_of(self._recommended(), self.total)
+        return self._samples_of(self._recommended(), self.total, self.run.recipe.train.seed)
 
     def shares(self) -> list[dict[str, Any]]:
         """What the final training takes of each part: count, samples there are, how often each is used."""
@@ -685,12 +685,11 @@ class Mixing:
 
     # --- samples of a mixture ----------------------------------------------------------------------------------
 
-    def _samples_of(self, weight_K: np.ndarray, total: int) -> list[Sample]:
+    def _samples_of(self, weight_K: np.ndarray, total: int, order_seed: int) -> list[Sample]:
         """The `total` samples of a mixture, in order and with repetitions."""
         by_key = {part.name: _keyed(part.samples) for part in self.parts}
-        chosen = materialise(
-            self._named(weight_K), {name: list(keyed) for name, keyed in by_key.items()}, total, self.settings.seed
-        )
+        ids = {name: list(keyed) for name, keyed in by_key.items()}
+        chosen = materialise(self._named(weight_K), ids, total, self.settings.seed, order_seed)
         return [by_key[name][key] for name, key in chosen]
 
     def _named(self, weight_K: np.ndarray) -> dict[str, float]:

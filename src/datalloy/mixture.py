@@ -5,7 +5,8 @@ in one fixed order. So it is turned into samples here, once: exact counts by lar
 samples in an order drawn from the seed and their own keys, so that neither files nor their order matter. A domain that
 is smaller than its share is passed through again, in a new order, only after every one of its samples was used: none
 is taken twice more often than another. The domains are interleaved evenly, so that any stretch of the list has the
-mixture's shares, as far as whole samples can.
+mixture's shares, as far as whole samples can. Training keeps the order: shuffled, a sample may come twice before
+another comes once, and a batch has its shares by chance.
 """
 
 import hashlib
@@ -196,23 +197,30 @@ def plan_shares(weights: Mapping[str, float], available: Mapping[str, int], tota
 
 
 def materialise(
-    weights: Mapping[str, float], ids_by_domain: Mapping[str, Sequence[Id]], total: int, seed: int
+    weights: Mapping[str, float],
+    ids_by_domain: Mapping[str, Sequence[Id]],
+    total: int,
+    seed: int,
+    order_seed: int | None = None,
 ) -> list[tuple[str, Id]]:
     """The `total` samples to train on, as pairs of domain and id, in order and with repetitions.
 
     Ids are unique in their domain; where they are content hashes, neither names nor files matter. Each id of a domain
-    comes `floor(passes)` or `ceil(passes)` times. Raises DataError as `plan_shares` does, and for an id given twice.
+    comes `floor(passes)` or `ceil(passes)` times. `seed` draws which; `order_seed`, by default the same, in which order
+    the samples of a pass come: the same samples can so be trained on in several orders. Raises DataError as
+    `plan_shares` does, and for an id given twice.
     """
     shares = plan_shares(weights, {name: len(ids) for name, ids in ids_by_domain.items()}, total)
+    order_seed = seed if order_seed is None else order_seed
     placed = [
         ((position + 0.5) / share.count, share.domain, id)
         for share in shares
-        for position, id in enumerate(_take(share, ids_by_domain.get(share.domain, ()), seed))
+        for position, id in enumerate(_take(share, ids_by_domain.get(share.domain, ()), seed, order_seed))
     ]
     return [(domain, id) for _, domain, id in sorted(placed, key=lambda row: row[:2])]
 
 
-def _take(share: DomainShare, ids: Sequence[Id], seed: int) -> list[Id]:
+def _take(share: DomainShare, ids: Sequence[Id], seed: int, order_seed: int) -> list[Id]:
     """So many ids as the share asks for: pass after pass, each in an order of its own."""
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
@@ -221,8 +229,9 @@ def _take(share: DomainShare, ids: Sequence[Id], seed: int) -> list[Id]:
         )
     taken: list[Id] = []
     for turn in range(math.ceil(share.passes)):
-        taken += sorted(ids, key=partial(_draw, seed, share.domain, turn))
-    return taken[: share.count]
+        drawn = sorted(ids, key=partial(_draw, seed, share.domain, turn))[: share.count - len(taken)]
+        taken += sorted(drawn, key=partial(_draw, order_seed, share.domain, turn))
+    return taken
 
 
 def _draw(seed: int, domain: str, turn: int, id: str | int) -> bytes:

@@ -140,6 +140,7 @@ def train(
     out: Path | None,
     *,
     steps: int | None = None,
+    in_order: bool = False,
     milestones: Mapping[int, Path] | None = None,
 ) -> Trained:
     """Train `vlm` in place for `steps` steps, or as many as the protocol of `settings` says, and save it to `out`.
@@ -148,8 +149,10 @@ def train(
     has one already goes on with it); `vlm.model` is the PEFT model afterwards. With `adapter: none` all weights are
     trained, except the vision tower's under `freeze_vision`. With `out` None nothing is written: for measuring runs.
 
-    `encoded` may encode lazily: a sample is asked for when its step comes, and not held on to. `milestones` names
-    folders in which the model is also saved as it is after so many steps, in the middle of its schedule.
+    Samples are shuffled, epoch after epoch. With `in_order` they are taken as they lie, which is for a list that is a
+    schedule already (`mixture.materialise`): as many as the steps see, or DataError. `encoded` may encode lazily: a
+    sample is asked for when its step comes, and not held on to. `milestones` names folders in which the model is also
+    saved as it is after so many steps, in the middle of its schedule.
 
     A run that was killed goes on from its checkpoint in `out` and ends in the same bits. Give it the model as it was
     before the first attempt. Trackers then see the steps of the last attempt only. The global random generators are
@@ -164,7 +167,13 @@ def train(
     check_launcher()
     crew = Crew.launched()
     steps = step_count(len(encoded), settings) if steps is None else steps
-    order = sample_order(len(encoded), steps * settings.batch_size, settings.seed)
+    total = steps * settings.batch_size
+    if in_order and len(encoded) != total:
+        raise DataError(
+            f"{steps} steps of {settings.batch_size} see {total} samples, and {len(encoded)} were laid out in order; "
+            "lay out as many as are seen"
+        )
+    order = np.arange(total) if in_order else sample_order(len(encoded), total, settings.seed)
     parameters = prepare_parameters(vlm, settings)
     flops_per_token = training_flops(vlm, 1)
     if out:
