@@ -10,8 +10,8 @@ what the selection keeps) and `buckets` (every domain cut at the middle of its s
 ways that mix there are two rows, of the model trained on uniform shares and of the model trained on the pick, with the
 gain that the verdict read; which of the two is to be had is the verdict's rule (`scripts/evidence.py`). The final
 training takes 40 steps of 16 everywhere; `steps` says how many were taken to decide. The base is blurred (bases.py).
-Beside the rows of `mixture` stands how far domain-level utility (the mean of a score over a domain) ranks domains as
-the picked shares do. Resumable. Five minutes of one core a world and seed.
+With the pick of `mixture` stands how far domain-level utility (the mean of a score over a domain) ranks domains as the
+picked shares do. Resumable. Five minutes of one core a world and seed.
 """
 
 from collections.abc import Mapping
@@ -95,20 +95,21 @@ def run_way(way: str, world: str, seed: int, folder: Path) -> list[dict[str, Any
         about |= {
             "steps": STEPS * (len(mixing.names) + advice.spent.runs),
             "share": dict(advice.searched),
-            "trusted": advice.trusted,
             "gain": [gain["mean"], *gain["interval"]],
-            "domain utility": domain_utility(work) if way == "mixture" else {},
         }
         pick_K = np.array([advice.searched[name] for name in mixing.names])
+        utility = {"domain utility": domain_utility(work)} if way == "mixture" else {}
         return [
             {**about, "shares": "uniform", **measured("measured-uniform", mixing.train_on(mixing.simplex.uniform))},
-            {**about, "shares": "pick", **measured("measured-pick", mixing.train_on(pick_K))},
+            {**about, "shares": "pick", **utility, **measured("measured-pick", mixing.train_on(pick_K))},
         ]
 
 
 def domain_utility(work: Workflow) -> dict[str, Any]:
-    """Means of scores over each domain, beside the picked shares: does one tell the other?"""
+    """Means of scores over each domain, beside the picked shares: does one tell the other? Uniform shares rank none."""
     share = work.verify().searched
+    if len(set(share.values())) == 1:
+        return {}
     found = {}
     for method in DOMAIN_UTILITIES:
         table = work.scores_by(method)
