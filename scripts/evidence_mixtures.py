@@ -325,9 +325,7 @@ def joint_worlds() -> str:
 
 def domain_utility() -> str:
     """Rank agreement of domains' mean scores with the picked shares, by world and over all pools."""
-    # the same stands with the rows of uniform shares and of the pick
-    picks = [row for row in joint_rows() if row.get("shares") == "pick" and row["domain utility"]]
-    found = [(row["world"], row["domain utility"]) for row in picks]
+    found = [(row["world"], row["domain utility"]) for row in joint_rows() if row.get("domain utility")]
     methods = list(found[0][1])
     rows = []
     for world in dict.fromkeys(world for world, _ in found):

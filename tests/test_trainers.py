@@ -12,6 +12,7 @@ import shlex
 import subprocess
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -145,6 +146,51 @@ def test_rows_keep_their_order_and_their_ids(tmp_path, name):
     again = [read_samples(one) for one in sources_in(name, tmp_path / "out", tmp_path)]
     assert [[shown(s) for s in rows] for rows in again] == [[shown(s) for s in rows] for rows in sets]
     assert [[s.id for s in rows] for rows in again] == [list(unique_ids(rows)) for rows in sets]
+
+
+SEQUENTIAL = {
+    "llama-factory": ("train.yaml", {"mix_strategy": "concat", "disable_shuffling": True}),
+    "trl": ("sft.yaml", {"train_sampling_strategy": "sequential"}),
+    "axolotl": ("config.yaml", {"curriculum_sampling": True, "shuffle_merged_datasets": False}),
+}
+
+
+def as_schedule(given: Handover) -> Handover:
+    """The same rows, the domains by turns, to be trained on as they lie."""
+    return replace(given, samples=sorted(given.samples, key=lambda s: s.id), is_schedule=True)
+
+
+@pytest.mark.parametrize("name", [*SEQUENTIAL, "ms-swift", "webdataset"])
+def test_a_mixture_is_written_in_the_order_of_training(tmp_path, name):
+    given = as_schedule(handover(tmp_path))
+    assert len(list(groupby(s.domain for s in given.samples))) > 2
+    EXPORTERS[name](given, tmp_path / "out")
+    (one,) = sources_in(name, tmp_path / "out", tmp_path)
+    again = read_samples(one)
+    assert [shown(s) for s in again] == [shown(s) for s in given.samples]
+    assert [s.id for s in again] == list(unique_ids(given.samples))
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_a_trainer_is_told_to_keep_the_order_of_a_mixture_and_of_nothing_else(tmp_path, name):
+    file, wanted = SEQUENTIAL[name]
+    plain, given = handover(tmp_path), as_schedule(handover(tmp_path / "mixed"))
+    for case in (plain, given, replace(given, native=True)):
+        if case.native and name == "axolotl":
+            continue
+        EXPORTERS[name](case, tmp_path / "out")
+        config = yaml.safe_load((tmp_path / "out" / file).read_text())
+        found = {key: config.get(key) for key in wanted if key != "mix_strategy" or case is given}
+        assert found == (wanted if case is given else dict.fromkeys(found))
+
+
+@pytest.mark.parametrize(("is_schedule", "native", "expected"), [(True, False, 2), (False, False, 0), (True, True, 0)])
+def test_ms_swift_shuffles_no_mixture(tmp_path, is_schedule, native, expected):
+    given = replace(handover(tmp_path), is_schedule=is_schedule, native=native)
+    EXPORTERS["ms-swift"](given, tmp_path / "out")
+    script = (tmp_path / "out/train.sh").read_text()
+    assert script.count("shuffle false") == expected
+    assert ("--dataset_shuffle false" in script) == ("--train_dataloader_shuffle false" in script) == bool(expected)
 
 
 def test_ids_list_every_row_in_order(tmp_path):
@@ -359,10 +405,11 @@ def test_trl_reads_what_was_trained_on(tmp_path, chosen):
 
     given = handover(tmp_path, "parquet-messages-binary", chosen=chosen)
     samples = [s for s in given.samples if len(chosen) > 2 or len(s.turns) < 4]
-    EXPORTERS["trl"](replace(given, samples=samples), tmp_path / "out")
+    EXPORTERS["trl"](replace(given, samples=samples, is_schedule=True), tmp_path / "out")
     parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig))
     _, settings, model, mixture = parser.parse_args_and_config(["--config", str(tmp_path / "out/sft.yaml")])
     assert (settings.max_steps, settings.max_length, model.model_name_or_path) == (given.steps, None, "org/model")
+    assert settings.train_sampling_strategy == "sequential"
     rows = trl.get_dataset(mixture)["train"]
     assert len(rows) == len(samples)
     for row, sample in zip(rows, samples, strict=True):
@@ -413,6 +460,7 @@ def test_one_run_is_exported_for_every_trainer(run_folder, capsys):
     arguments = [word for name in EXPORTERS for word in ("--to", name)]
     assert cli.answer(["export", str(recipe), "--run", str(run), *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "export-ids")
+    assert "sequential" not in (run / "export-trl/sft.yaml").read_text()  # without a mixture trainers shuffle
     kept = Selection.read(run / "selection.parquet").kept_keys()
     ids = pyarrow.parquet.read_table(run / "export-ids/ids.parquet")
     assert sorted(zip(ids["domain"].to_pylist(), ids["id"].to_pylist(), strict=True)) == sorted(zip(*kept, strict=True))
@@ -454,4 +502,5 @@ def test_parts_of_a_mixture_are_portions_with_their_exact_counts(run_folder, tmp
     given = workflow._handover(native=True)
     assert {portion.name: portion.count for portion in given.portions} == {"chart.1": 36, "counting": 12}
     assert given.shares == {"chart.1": 0.75, "counting": 0.25}
+    assert given.is_schedule
     assert given.steps * given.train.batch_size == 48

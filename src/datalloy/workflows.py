@@ -776,6 +776,7 @@ class Workflow:
             samples=self._training_set,
             portions=[Portion(name, rows, count) for name, rows, count in parts if count],
             native=native,
+            is_schedule=self.recipe.mixture is not None,
         )
 
     # --- compare: other selections trained and measured at equal compute ---------------------------------------

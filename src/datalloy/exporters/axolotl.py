@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datalloy.exporters.handover import Handover, batch_split, unique_ids
-from datalloy.exporters.writing import PictureFiles, counts_of, write_lines, write_yaml
+from datalloy.exporters.writing import PictureFiles, write_lines, write_yaml
 from datalloy.sample import Sample, Turn
 
 
@@ -21,7 +21,7 @@ def export(handover: Handover, out: Path) -> list[Path]:
     rows = (_row(sample, id, pictures) for sample, id in zip(handover.samples, ids, strict=True))
     data = write_lines(out / "train.jsonl", rows)
     about = (
-        f"{handover.name}: rows by domain: {counts_of(handover.sets())}; {handover.steps} steps of "
+        f"{handover.name}: rows by domain: {handover.rows_in_words}; {handover.steps} steps of "
         f"{handover.train.batch_size} samples on one device.\naxolotl train config.yaml"
     )
     return [data, *pictures.written, write_yaml(out / "config.yaml", about, _settings(handover, out))]
@@ -61,6 +61,8 @@ def _settings(handover: Handover, out: Path) -> dict[str, Any]:
         "sample_packing": False,
         "sequence_len": train.max_tokens,
         "val_set_size": 0.0,
+        # of its two samplers the sequential one; a single dataset would be shuffled as it is read
+        **({"curriculum_sampling": True, "shuffle_merged_datasets": False} if handover.keeps_order else {}),
         **(tuning if train.adapter == "lora" else {}),
         "freeze_mm_modules": train.freeze_vision,
         "max_steps": handover.steps,

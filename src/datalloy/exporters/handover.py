@@ -1,9 +1,9 @@
 """What a finished run says to train on, and with what settings: the one thing that every exporter is given.
 
-**Exact** (the default): the rows in the order of training, each as often as the training sees it. Counts are then
-what the mixture says, whatever the trainer does with shares. **Native**: every row once, and the shares in the
-trainer's own syntax. Files are smaller and shares can be edited, but most trainers draw at random or cut at the
-smallest set, so that counts drift; each exporter writes down by how much.
+**Exact** (the default): each row as often as the training sees it. Counts are then what the mixture says, whatever the
+trainer does with shares. A mixture's rows lie in the order of training, in one file, and trainers are told to keep it.
+**Native**: every row once, and the shares in the trainer's own syntax. Files are smaller and shares can be edited, but
+most trainers draw at random or cut at the smallest set, so that counts drift; each exporter writes down by how much.
 """
 
 import math
@@ -38,9 +38,10 @@ class Handover:
     Args:
         base: the model to be tuned, a folder or a hub id.
         steps: optimiser steps of the final training, `train.batch_size` samples each.
-        samples: what is trained on, in order and with repetitions.
+        samples: what is trained on, with repetitions.
         portions: the same by domain or bucket, every row once, with the counts that `samples` has of them.
         native: write shares, not repetitions.
+        is_schedule: `samples` lie in the order they are to be seen in; otherwise it is the trainer's to shuffle them.
     """
 
     name: str
@@ -50,9 +51,23 @@ class Handover:
     samples: Sequence[Sample]
     portions: Sequence[Portion]
     native: bool = False
+    is_schedule: bool = False
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the trainer is to take the rows as they lie."""
+        return self.is_schedule and not self.native
 
     def sets(self) -> dict[str, Sequence[Sample]]:
-        """The rows of each file: by portion, each once, for native shares; else by domain with their repetitions."""
+        """The rows of each file: one file in the order of training, or by domain or portion."""
+        return {"train": self.samples} if self.keeps_order else self._by_name()
+
+    @property
+    def rows_in_words(self) -> str:
+        """How many rows are written, by portion for native shares, else by domain."""
+        return ", ".join(f"{name} {len(samples)}" for name, samples in self._by_name().items())
+
+    def _by_name(self) -> dict[str, Sequence[Sample]]:
         if self.native:
             return {portion.name: portion.samples for portion in self.portions}
         return by_domain(self.samples)

@@ -2,7 +2,8 @@
 
 One JSONL file a domain in sharegpt formatting with OpenAI's words, `dataset_info.json`, `train.yaml`. sharegpt and not
 openai: LLaMA-Factory adds "detailed thinking off" to the system prompt of every openai record. Exact counts use
-`mix_strategy: concat`. `template` has no good default: it is LLaMA-Factory's name for the model's chat template.
+`mix_strategy: concat`; a mixture is one file, read in its order (`disable_shuffling`). `template` has no good default:
+it is LLaMA-Factory's name for the model's chat template.
 
 Native shares use `interleave_over`: rows are drawn by share until the last set is exhausted, with one seed.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datalloy.exporters.handover import Handover, batch_split, unique_ids
-from datalloy.exporters.writing import PictureFiles, counts_of, text_with_placeholders, write_lines, write_yaml
+from datalloy.exporters.writing import PictureFiles, text_with_placeholders, write_lines, write_yaml
 from datalloy.locations import ENTRY_FILE
 from datalloy.run import write_json
 from datalloy.sample import Sample
@@ -50,7 +51,7 @@ def message_row(sample: Sample, id: str, pictures: PictureFiles) -> dict[str, An
 
 def _about(handover: Handover) -> str:
     lines = [
-        f"{handover.name}: rows by set: {counts_of(handover.sets())}; {handover.steps} steps of "
+        f"{handover.name}: rows by set: {handover.rows_in_words}; {handover.steps} steps of "
         f"{handover.train.batch_size} samples on one device.",
         "llamafactory-cli train train.yaml template=NAME   (LLaMA-Factory's name of the model's template)",
     ]
@@ -91,6 +92,8 @@ def _settings(handover: Handover, out: Path) -> dict[str, Any]:
 
 
 def _mixing(handover: Handover) -> dict[str, Any]:
+    if handover.keeps_order:
+        return {"mix_strategy": "concat", "disable_shuffling": True}
     if not handover.native or len(handover.portions) == 1:
         return {"mix_strategy": "concat"}
     return {

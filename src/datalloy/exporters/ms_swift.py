@@ -2,7 +2,7 @@
 
 Messages with `<image>` in their texts, pictures by absolute path, and the domain as `channel`, so that ms-swift can log
 the loss of each (`--enable_channel_loss true`). Exact counts: the rows are in the files, and each count is the length
-of its file.
+of its file. A mixture is one file, which ms-swift shuffles neither as it reads it nor as it trains.
 
 Native shares keep exact counts too: a count above a file's length repeats the file whole and draws the remainder (seed
 42 of ms-swift). What drifts is only which rows are seen once more.
@@ -64,6 +64,8 @@ def _launch(handover: Handover, out: Path) -> str:
         "seed": train.seed,
         "output_dir": out.resolve() / "output",
     }
+    if handover.keeps_order:
+        options |= {"dataset_shuffle": "false", "train_dataloader_shuffle": "false"}
     if train.report_to:
         options["report_to"] = " ".join(train.report_to)
     lines = [f"    --dataset {shlex.join(dataset_arguments(handover, out))}"]

@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from datalloy.exporters.handover import Handover, batch_split, unique_ids
 from datalloy.exporters.rows import complete_file
-from datalloy.exporters.writing import counts_of, write_yaml
+from datalloy.exporters.writing import write_yaml
 from datalloy.sample import FileImage, ImageRef, Sample, Turn
 
 ROW_GROUP_ROWS = 100
@@ -108,7 +108,7 @@ def _cell(image: ImageRef) -> dict[str, Any]:
 
 def _about(handover: Handover) -> str:
     steps = f"{handover.steps} steps of {handover.train.batch_size} samples on one device"
-    about = f"{handover.name}: {counts_of(handover.sets())} rows; {steps}.\ntrl sft --config sft.yaml"
+    about = f"{handover.name}: {handover.rows_in_words} rows; {steps}.\ntrl sft --config sft.yaml"
     if handover.native:
         longest = min(len(portion.samples) / handover.shares[portion.name] for portion in handover.portions)
         about += (
@@ -132,6 +132,7 @@ def _settings(handover: Handover, out: Path, names: Sequence[str], by_completion
         "datasets": sets,
         **({} if by_completion else {"assistant_only_loss": True}),
         "max_length": None,  # a cut could fall inside a picture's tokens
+        **({"train_sampling_strategy": "sequential"} if handover.keeps_order else {}),
         **(tuning if train.adapter == "lora" else {}),
         "max_steps": handover.steps,
         "per_device_train_batch_size": micro,

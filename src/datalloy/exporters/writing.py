@@ -9,7 +9,7 @@ are written to `media/`, named by their content, each once.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,3 @@ def write_yaml(path: Path, about: str, content: Mapping[str, Any]) -> Path:
     comment = "".join(f"# {line}\n" for line in about.splitlines())
     write_atomically(path, (comment + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)).encode())
     return path
-
-
-def counts_of(sets: Mapping[str, Sequence[Sample]]) -> str:
-    return ", ".join(f"{name} {len(samples)}" for name, samples in sets.items())
