@@ -62,6 +62,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "joint": evidence_mixtures.joint,
     "picks_followed": evidence_mixtures.picks_followed,
     "joint_worlds": evidence_mixtures.joint_worlds,
+    "joint_order": evidence_mixtures.joint_order,
     "domain_utility": evidence_mixtures.domain_utility,
 }
 BLOCK = re.compile(r"(<!-- table: (?P<name>\w+)(?P<arguments>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)

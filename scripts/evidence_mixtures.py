@@ -323,6 +323,32 @@ def joint_worlds() -> str:
     return table(["over full SFT", *(f"{world} ({len(pools)})" for world, pools in full.items())], rows)
 
 
+SAME_SAMPLES = {"mixture": "full SFT", "both": "selection", "buckets": "full SFT"}  # as of uniform shares of a way
+
+
+def joint_order() -> str:
+    """Trained on uniform shares: shuffled as one epoch, repeats and all, and in the order they are laid out in."""
+    shuffled = json.loads((RESULTS / "joint_shuffled.json").read_text())["rows"]
+    rows, every = [], []
+    for way, epochs in SAME_SAMPLES.items():
+        in_order, in_epochs = _joint_pools(f"{way}, the pick followed never"), _joint_pools(epochs)
+        triples = [
+            (by_pool(row for row in shuffled if (row["way"], row["world"]) == (way, world)), pools, in_epochs[world])
+            for world, pools in in_order.items()
+        ]
+        every += triples
+        rows.append([f"{way} ({sum(len(pools) for pools in in_order.values())})", *_order_cells(triples)])
+    rows.append([f"all ({sum(len(pools) for _, pools, _ in every)})", *_order_cells(every)])
+    head = ["uniform shares (pools)", "shuffled, over ordinary epochs", "in order, over ordinary epochs"]
+    return table([*head, "in order, over shuffled"], rows)
+
+
+def _order_cells(triples: list[tuple[Pools, Pools, Pools]]) -> list[str]:
+    shuffled, in_order, in_epochs = zip(*triples, strict=True)
+    pairs = ((shuffled, in_epochs), (in_order, in_epochs), (in_order, shuffled))
+    return [pooled(zip(one, other, strict=True)) for one, other in pairs]
+
+
 def domain_utility() -> str:
     """Rank agreement of domains' mean scores with the picked shares, by world and over all pools."""
     found = [(row["world"], row["domain utility"]) for row in joint_rows() if row.get("domain utility")]
