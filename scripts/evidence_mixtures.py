@@ -323,7 +323,8 @@ def joint_worlds() -> str:
     return table(["over full SFT", *(f"{world} ({len(pools)})" for world, pools in full.items())], rows)
 
 
-SAME_SAMPLES = {"mixture": "full SFT", "both": "selection", "buckets": "full SFT"}  # as of uniform shares of a way
+# what trains on the samples of a way's uniform shares, in ordinary epochs
+SAME_SAMPLES = {"mixture": "full SFT", "both": "selection", "buckets": "full SFT"}
 
 
 def joint_order() -> str:

@@ -230,7 +230,7 @@ def _take(share: DomainShare, ids: Sequence[Id], seed: int, order_seed: int) -> 
     taken: list[Id] = []
     for turn in range(math.ceil(share.passes)):
         drawn = sorted(ids, key=partial(_draw, seed, share.domain, turn))[: share.count - len(taken)]
-        taken += sorted(drawn, key=partial(_draw, order_seed, share.domain, turn))
+        taken += drawn if order_seed == seed else sorted(drawn, key=partial(_draw, order_seed, share.domain, turn))
     return taken
 
 
