@@ -96,6 +96,7 @@ def run_way(way: str, world: str, seed: int, folder: Path) -> list[dict[str, Any
             "steps": STEPS * (len(mixing.names) + advice.spent.runs),
             "share": dict(advice.searched),
             "gain": [gain["mean"], *gain["interval"]],
+            "chance": gain["chance"],
         }
         pick_K = np.array([advice.searched[name] for name in mixing.names])
         utility = {"domain utility": domain_utility(work)} if way == "mixture" else {}

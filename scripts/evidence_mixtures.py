@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from datalloy.uncertainty import bootstrap_interval, rank_agreement
+from datalloy.verdict import LIKELY
 from evidence_tables import Pools, by_pool, difference, pooled, table
 
 RESULTS = Path("experiments/results")
@@ -16,6 +17,7 @@ FINAL_STEPS = 40  # of joint.py
 LOST = 0.02  # of accuracy
 DEFAULT_CONFIRMING = "2"  # trainings, as a key of the rows
 SIZES = (0, 1, 2, 3, 4, 6, 8)
+NINE_IN_TEN = 1.2816 / 1.96  # of half the interval: what a normal gain has to be above zero by
 
 
 @cache
@@ -212,7 +214,7 @@ def promises() -> str:
     for name, gains in ways.items():
         promised = np.array([gain["mean"] for gain in gains])
         low, high = np.array([gain["interval"] for gain in gains]).T
-        trusted = low > 0
+        trusted, likely = low > 0, promised > NINE_IN_TEN * (high - low) / 2
         rows.append(
             [
                 name,
@@ -222,11 +224,11 @@ def promises() -> str:
                 f"{np.mean(high - low) / 2:.3f}",
                 f"{((low <= delivered) & (delivered <= high)).sum()} of {len(found)}",
                 ", ".join(f"{gain:+.3f}" for gain in delivered[trusted]),
-                *(f"{(delivered * is_followed).mean():+.3f}" for is_followed in (trusted, promised > 0)),
+                *(f"{(delivered * is_followed).mean():+.3f}" for is_followed in (trusted, likely, promised > 0)),
             ]
         )
     head = ["gain over uniform shares", "promised", "delivered", "root mean square error", "half the interval"]
-    followed = ["mean over all if followed where shown", "where above zero"]
+    followed = ["mean over all if followed where shown", "where nine chances in ten", "where above zero"]
     return table([*head, "intervals that hold it", "delivered where trusted", *followed], rows)
 
 
@@ -248,12 +250,13 @@ def joint_rows() -> list[dict[str, Any]]:
     return [row for path in sorted((RESULTS / "joint").glob("*.json")) for row in json.loads(path.read_text())["rows"]]
 
 
-MEAN, LOW = 0, 1  # of a gain, in a row
-FOLLOWED = {  # the pick is trained on, and not uniform shares, where this of its confirmed gain is above that
-    "never": (MEAN, np.inf),
-    "where its gain is shown": (LOW, 0.0),
-    "where it is likelier than a loss": (MEAN, 0.0),
-    "always": (MEAN, -np.inf),
+AS_DECIDED = "where its chance is nine in ten"
+FOLLOWED = {  # the pick is trained on, and not uniform shares, where its confirmed gain has this chance at least
+    "never": np.inf,
+    "where its gain is shown": 0.975,  # above zero with its whole interval
+    AS_DECIDED: LIKELY,
+    "where it is likelier than a loss": 0.5,
+    "always": -np.inf,
 }
 
 
@@ -265,8 +268,9 @@ def _joint_ways() -> dict[str, list[dict[str, Any]]]:
         if "shares" not in row:
             found.setdefault(row["way"], []).append(row)
             continue
-        for name, (part, floor) in FOLLOWED.items():
-            if (row["shares"] == "pick") == (row["gain"][part] > floor):
+        chance = 0.0 if row["chance"] is None else row["chance"]  # none where the pick is uniform shares
+        for name, least in FOLLOWED.items():
+            if (row["shares"] == "pick") == (chance >= least):
                 found.setdefault(f"{row['way']}, the pick followed {name}", []).append(row)
     return found
 
@@ -315,7 +319,7 @@ def picks_followed() -> str:
 def joint_worlds() -> str:
     """Gains over full SFT by world, the pick followed as the verdict has it."""
     full = _joint_pools("full SFT")
-    ways = [way for way in _joint_ways() if way != "full SFT" and ("follow" not in way or way.endswith("a loss"))]
+    ways = [way for way in _joint_ways() if way != "full SFT" and ("follow" not in way or way.endswith(AS_DECIDED))]
     rows = [
         [way.partition(",")[0], *(difference(pools, full[world]) for world, pools in _joint_pools(way).items())]
         for way in ways

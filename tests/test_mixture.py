@@ -73,6 +73,7 @@ def test_the_file_says_what_the_design_promises(tmp_path):
         "interval": [0.01, 0.05],
         "source": "measured",
         "training_sd": None,
+        "chance": None,
     }
     assert data["trusted"] is True
     assert data["spent"] == {"slope_calls": 6, "evaluations": 14, "runs": 3}

@@ -1,5 +1,7 @@
 """Verdicts on picks whose worth is known: by formula, or drawn with the luck of items and of training."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -133,6 +135,7 @@ def test_the_uniform_mixture_has_no_gain_over_itself():
     assert (verdict.verdict, verdict.trusted) == ("use uniform", False)
     assert verdict.gain_vs_uniform.interval == (0, 0)
     assert verdict.reason == "The pick is the uniform mixture itself."
+    assert verdict.gain_vs_uniform.chance is None
 
 
 def test_a_merge_above_every_trained_model_is_offered_with_its_score():
@@ -311,18 +314,30 @@ def test_a_gain_that_further_trainings_do_not_show_is_not_trusted():
     assert "confirmed by 1 further training of each on 100 items that decided nothing" in verdict.reason
 
 
-LIKELY, UNLIKELY = 0.03, 0.0  # as told to `trainings`, whose draw of items takes .015 off
+FOLLOWED, OPEN = 0.045, 0.035  # as told to `trainings`, whose draw of items takes .015 off
 
 
-def test_a_confirmed_gain_that_is_likelier_than_a_loss_is_followed_and_not_trusted():
+def test_a_confirmed_gain_of_nine_chances_in_ten_is_followed_and_not_trusted():
     gains = {"pick": 0.1, "uniform": 0.0}
-    likely = verdict_on(gains, confirmation=trainings(LIKELY))
-    assert likely.gain_vs_uniform.interval.low < 0 < likely.gain_vs_uniform.mean
-    assert (likely.verdict, likely.trusted) == ("follow", False)
-    assert "likelier than a loss, but not shown" in likely.reason
-    unlikely = verdict_on(gains, confirmation=trainings(UNLIKELY))
-    assert unlikely.gain_vs_uniform.mean < 0 < unlikely.gain_vs_uniform.interval.high
-    assert unlikely.verdict == "use uniform"
+    followed = verdict_on(gains, confirmation=trainings(FOLLOWED))
+    assert followed.gain_vs_uniform.interval.low < 0
+    assert 0.9 <= followed.gain_vs_uniform.chance < 0.975
+    assert (followed.verdict, followed.trusted) == ("follow", False)
+    assert "is likely (93%), but not shown" in followed.reason
+
+
+def test_a_confirmed_gain_of_fewer_chances_is_not_followed():
+    verdict = verdict_on({"pick": 0.1, "uniform": 0.0}, confirmation=trainings(OPEN))
+    assert 0.8 < verdict.gain_vs_uniform.chance < 0.9
+    assert verdict.gain_vs_uniform.mean > 0
+    assert verdict.verdict == "use uniform"
+
+
+def test_the_chance_of_a_gain_is_the_part_of_its_draws_above_zero():
+    """Gains of .035 with a standard error of .02 are normal nearly: 96 of a hundred are above zero."""
+    gain = confirmed(trainings(0.05))
+    error = (gain.interval.high - gain.interval.low) / (2 * 1.96)
+    assert gain.chance == pytest.approx(NormalDist().cdf(gain.mean / error), abs=0.01)
 
 
 def test_a_gain_by_the_runs_that_chose_the_pick_is_not_followed_where_it_is_not_shown():
@@ -333,8 +348,8 @@ def test_a_gain_by_the_runs_that_chose_the_pick_is_not_followed_where_it_is_not_
 
 def test_a_pick_that_breaks_a_guard_rail_is_not_followed():
     wish = objective(base_G=(0.0, 0.9), max_fall_G=(np.inf, 0.1))
-    verdict = verdict_on({"pick": 0.1, "uniform": 0.0}, wish=wish, confirmation=trainings(LIKELY))
-    assert verdict.gain_vs_uniform.mean > 0
+    verdict = verdict_on({"pick": 0.1, "uniform": 0.0}, wish=wish, confirmation=trainings(FOLLOWED))
+    assert verdict.gain_vs_uniform.chance > 0.9
     assert verdict.verdict == "use uniform"
 
 

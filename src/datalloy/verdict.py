@@ -34,6 +34,7 @@ from datalloy.uncertainty import (
     top_1_regret_interval,
 )
 
+Source = Literal["confirmed", "measured", "predicted"]
 Decision = Literal["trust", "follow", "use uniform", "deploy the merge"]
 
 RESAMPLES = 2000
@@ -41,6 +42,7 @@ RESAMPLES = 2000
 # variance between trainings is this times that of an item, however many items there are.
 USUAL_CORRELATION = 0.015
 USUAL_TRAININGS = 4  # degrees of freedom that the usual luck counts for
+LIKELY = 0.9  # of a gain's chance, to be followed although it is not shown
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,20 @@ class Gain:
     `confirmed`: by further trainings, on items that no choice was made on (`Confirmation`). `measured`: both were
     really trained, paired over items; the luck of training is not in the interval. `predicted`: from draws of the
     calibrated posterior. `training_sd`: standard deviation of the objective between trainings on one mixture, whatever
-    the items; None where nothing was trained twice.
+    the items; None where nothing was trained twice. `chance`: the part of the interval's draws that is above zero; None
+    for a mixture against itself.
     """
 
     mean: float
     interval: Interval
-    source: Literal["confirmed", "measured", "predicted"]
+    source: Source
     training_sd: float | None = None
+    chance: float | None = None
 
     @property
     def is_likely(self) -> bool:
-        """Likelier than a loss, by trainings and items that chose nothing."""
-        return self.source == "confirmed" and self.mean > 0
+        """Nine chances in ten at least, by trainings and items that chose nothing."""
+        return self.source == "confirmed" and self.chance is not None and self.chance >= LIKELY
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Confirmation:
         variance, freedom = self.luck(objective)
         luck_R = np.random.default_rng([seed, 1]).standard_t(freedom, RESAMPLES)
         gain_R = self._difference(objective.score(drawn_RSG).T) + math.sqrt(2 * variance / self.further) * luck_R
-        return Gain(float(mean), percentile_interval(gain_R, confidence), "confirmed", math.sqrt(variance))
+        return _drawn_gain(float(mean), gain_R, confidence, "confirmed", math.sqrt(variance))
 
     def _difference(self, score_S: np.ndarray) -> np.ndarray:
         """Of the means over trainings, the pick's first; further axes are kept."""
@@ -157,10 +161,10 @@ class Agreement:
 class Verdict:
     """What to do, how sure that is, and why, for one objective at one confidence.
 
-    trust: the gain over uniform weights is above zero with its whole interval. follow: it is confirmed and above zero,
-    but not with its whole interval: a gain is likelier than a loss. use uniform: neither, or the pick breaks a guard
-    rail. deploy the merge: the merged model at the pick scores above every trained model, each beyond its paired
-    interval; `merge_score` is then its objective and else None, and `trusted` still speaks of training on the pick.
+    trust: the gain over uniform weights is above zero with its whole interval. follow: it is not, but it is confirmed
+    and has nine chances in ten to be above zero. use uniform: neither, or the pick breaks a guard rail. deploy the
+    merge: the merged model at the pick scores above every trained model, each beyond its paired interval; `merge_score`
+    is then its objective and else None, and `trusted` still speaks of training on the pick.
 
     What the intervals cover stands in `Gain`. Gains that are not confirmed lean to the high side: the pick was chosen
     by the very trainings that are compared.
@@ -283,10 +287,16 @@ def _gain(
     if first is None or second is None:
         drawn_RM = objective.score(calibration.draw(weight_MK, RESAMPLES, seed))
         gain_R = drawn_RM[:, 0] - drawn_RM[:, 1]
-        return Gain(float(gain_R.mean()), percentile_interval(gain_R, confidence), "predicted")
+        return _drawn_gain(float(gain_R.mean()), gain_R, confidence, "predicted")
     gain_R = scores.true_RN[:, first] - scores.true_RN[:, second]
     mean = float(scores.true_N[first] - scores.true_N[second])
-    return Gain(mean, percentile_interval(gain_R, confidence), "measured")
+    return _drawn_gain(mean, gain_R, confidence, "measured")
+
+
+def _drawn_gain(
+    mean: float, gain_R: np.ndarray, confidence: float, source: Source, training_sd: float | None = None
+) -> Gain:
+    return Gain(mean, percentile_interval(gain_R, confidence), source, training_sd, float((gain_R > 0).mean()))
 
 
 def _is_merge_best(
@@ -361,7 +371,7 @@ def _gain_in_words(
     if high < 0:
         return f"Training on the pick loses against uniform weights: {numbers}."
     if gain.is_likely:
-        return f"A gain over uniform weights is likelier than a loss, but not shown: it is {numbers}."
+        return f"A gain over uniform weights is likely ({gain.chance:.0%}), but not shown: it is {numbers}."
     return f"A gain over uniform weights is not shown: it is {numbers}."
 
 
