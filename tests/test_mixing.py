@@ -352,6 +352,25 @@ def test_a_mixture_is_trained_on_in_its_order_and_confirmed_in_others(recipe_pat
     assert shares == [{"chart": 4, "counting": 2, "table": 2}] * 2
 
 
+def test_the_final_training_takes_what_is_exported_as_it_lies(recipe_path, tmp_path, monkeypatch):
+    final = []
+
+    def watched(vlm, encoded, *arguments, in_order=False, **options):
+        final.append(([sample.inputs["input_ids"].tolist() for sample in encoded], in_order))
+        return train(vlm, encoded, *arguments, in_order=in_order, **options)
+
+    longer = ("train.samples=32", "mixture.expert_samples=16", "mixture.verify_runs=0", "mixture.checkpoints=[]")
+    with Run(load_recipe(recipe_path, ("mixture.data=whole", *longer)), tmp_path / "run") as run:
+        work = Workflow(run).mixing
+        work.verify()
+        monkeypatch.setattr(mixing, "train", watched)
+        work.train_final()
+        exported = work._encode(work.base, work.training_set())
+        expected = [sample.inputs["input_ids"].tolist() for sample in exported]
+    assert len(expected) == 32
+    assert final == [(expected, True)]
+
+
 def test_experts_of_low_rank_are_merged_as_adapters(recipe_path, tmp_path):
     lora = ("mixture.data=whole", "train.adapter=lora", "train.rank=2", "train.samples=16", "mixture.checkpoints=[]")
     with Run(load_recipe(recipe_path, [*lora, "mixture.verify_runs=0"]), tmp_path / "run") as run:
