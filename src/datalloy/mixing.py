@@ -197,7 +197,7 @@ class Mixing:
             case "confirm":
                 self._confirm(np.array(unit.arguments[0]), unit.arguments[1])
             case "final":
-                self._train_final(unit.name, self.run.path(unit.name))
+                self._train_final(unit.name)
             case "values":
                 self.merged.values(np.array(unit.arguments[0]), unit.arguments[1])
             case "losses":
@@ -590,10 +590,17 @@ class Mixing:
         )
 
     def _train_mixture(self, unit: str, weight_K: np.ndarray, settings: config.Train) -> None:
-        vlm, folder = self.base.copy(), self.run.path(unit)
         samples = self._samples_of(weight_K, self.steps * settings.batch_size, settings.seed)
-        trained = train(vlm, self._encode(vlm, samples), settings, folder, steps=self.steps, in_order=True)
-        self.run.commit(unit, [folder], {**asdict(trained), "weights": self._named(weight_K)})
+        self._train_in_order(unit, samples, settings, {"weights": self._named(weight_K)})
+
+    def _train_in_order(
+        self, unit: str, samples: Sequence[Sample], settings: config.Train, about: Mapping[str, Any]
+    ) -> None:
+        """The base tuned on samples as they lie, and committed with `about`."""
+        vlm, folder = self.base.copy(), self.run.path(unit)
+        steps = len(samples) // settings.batch_size
+        trained = train(vlm, self._encode(vlm, samples), settings, folder, steps=steps, in_order=True)
+        self.run.commit(unit, [folder], {**asdict(trained), **about})
 
     def trained(self, weight_K: np.ndarray) -> np.ndarray:
         """Values of the targets' items after really training on a mixture, [V]."""
@@ -652,11 +659,9 @@ class Mixing:
             shutil.copytree(source, staging, ignore=shutil.ignore_patterns("after-*"), dirs_exist_ok=True)
         self.run.commit(unit, [folder], {**facts, "kept": _distinct(self.training_set())})
 
-    def _train_final(self, unit: str, folder: Path) -> None:
-        samples, settings, vlm = self.training_set(), self.run.recipe.train, self.base.copy()
-        steps = self.total // settings.batch_size
-        trained = train(vlm, self._encode(vlm, samples), settings, folder, steps=steps, in_order=True)
-        self.run.commit(unit, [folder], {**asdict(trained), "kept": _distinct(samples)})
+    def _train_final(self, unit: str) -> None:
+        samples = self.training_set()
+        self._train_in_order(unit, samples, self.run.recipe.train, {"kept": _distinct(samples)})
 
     def write_merge(self) -> Path | None:
         """The merged model at the searched mixture as a checkpoint, where the verdict offers it; else None."""
