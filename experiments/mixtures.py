@@ -10,11 +10,12 @@ After the mixture paper's tables (arXiv 2602.04937): for K = 2 and 3 the 7 and 2
 as many steps as the experts and compared with the merge at its weights, by answer loss, by the probability of the
 right answer and by exact match on the same target items. Beside it `datalloy verify` runs as a user would run it,
 with three real runs of its own and one that confirms, and its pick is held against the best of the grid. In the worlds
-`two_of_...` only two of the domains have a target, so that there is something to find. `--retrained` trains everything
-a second time from another seed on the same pool: how far one training agrees with the next is the most that any
-prediction can reach. `--budget` trains everything, experts and mixtures, for that share of the steps: do cheap experts
-tell what a full training would do? `--experts-alone` trains no mixture: it adds the experts' losses by item,
-negated, which MixMin needs, to the rows that the JSON holds, and refuses where their means are not those of the row.
+`..._of_...` not all domains have a target, or half the answers of one are wrong, so that there is something to find.
+`--retrained` trains everything a second time from another seed on the same pool: how far one training agrees with the
+next is the most that any prediction can reach. `--budget` trains everything, experts and mixtures, for that share of
+the steps: do cheap experts tell what a full training would do? `--experts-alone` trains no mixture: it adds the
+experts' losses by item, negated, which MixMin needs, to the rows that the JSON holds, and refuses where their means are
+not those of the row.
 Resumable: run the same command again. One JSON a world in experiments/results; mixture_curves.py goes on from it.
 """
 
@@ -22,9 +23,10 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from bases import BASES, base_path
@@ -43,13 +45,24 @@ from datalloy.vlm import VLM
 from datalloy.workflows import Workflow
 
 TWO = ("chart", "counting")
-# domains, and which of them have a target
+
+
+class Drawn(NamedTuple):
+    """Domains, which of them have a target, and the share of wrong answers in those that have any."""
+
+    skills: tuple[str, ...]
+    targets: tuple[str, ...]
+    wrong: Mapping[str, float] = {}
+
+
 DRAWN = {
-    "drawn2": (TWO, TWO),
-    "drawn3": ((*TWO, "table"), (*TWO, "table")),
-    "drawn4": (("arithmetic", *TWO, "table"), ("arithmetic", *TWO, "table")),
-    "two_of_three": ((*TWO, "table"), TWO),
-    "two_of_four": (("arithmetic", *TWO, "table"), TWO),
+    "drawn2": Drawn(TWO, TWO),
+    "drawn3": Drawn((*TWO, "table"), (*TWO, "table")),
+    "drawn4": Drawn(("arithmetic", *TWO, "table"), ("arithmetic", *TWO, "table")),
+    "one_of_two": Drawn(("chart", "table"), ("chart",)),
+    "wrong_in_one_of_two": Drawn(TWO, TWO, {"counting": 0.5}),
+    "two_of_three": Drawn((*TWO, "table"), TWO),
+    "two_of_four": Drawn(("arithmetic", *TWO, "table"), TWO),
 }
 METRICS = {"loss": "loss", "probability": "probability", "exact_match": "target"}
 OTHER_SEED = 1000  # added to the seed of training where everything is trained again
@@ -79,13 +92,18 @@ def recipe_of(
         settings["targets"] = {name: {"path": f"{name}/test.jsonl", "limit": 100} for name in PACKS}
         train |= {"samples": 1920, "learning_rate": 1e-3, "freeze_vision": False}
     else:
-        skills, targets = DRAWN[world]
+        skills, targets, wrong = DRAWN[world]
         drawn = folder / "data"
         if not drawn.exists():
-            samples = dict.fromkeys(skills, 400)
-            write_pool(
-                drawn, PoolPlan(samples=samples, faults={}, targets=targets, target_items=100, holdout_items=1), seed
+            plan = PoolPlan(
+                samples=dict.fromkeys(skills, 400),
+                faults={},
+                faults_of={name: {"wrong_answer": share} for name, share in wrong.items()},
+                targets=targets,
+                target_items=100,
+                holdout_items=1,
             )
+            write_pool(drawn, plan, seed)
         settings["domains"] = {name: {"path": f"data/{name}.jsonl"} for name in skills}
         settings["targets"] = {name: {"path": f"data/{name}.target.jsonl"} for name in targets}
     settings["train"] = {**train, "samples": round(budget * train["samples"])}

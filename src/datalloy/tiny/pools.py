@@ -30,10 +30,10 @@ WORDS = ("amber", "bridge", "candle", "desert", "engine", "forest", "garden", "h
 class PoolPlan:
     """How much of what is drawn.
 
-    `samples`: per domain (a domain is a skill). `faults`: share of each fault in every domain. `hard`: share of
-    hard questions among the pool's questions, and among the targets' and the held-out ones unless `target_hard` says
-    otherwise; `hard_as`: what they ask for, one of `HARD`. `targets`: skills with a target, each with `target_items`
-    target and `holdout_items` held-out questions.
+    `samples`: per domain (a domain is a skill). `faults`: share of each fault in every domain; `faults_of`: the same
+    for a domain that has shares of its own. `hard`: share of hard questions among the pool's questions, and among the
+    targets' and the held-out ones unless `target_hard` says otherwise; `hard_as`: what they ask for, one of `HARD`.
+    `targets`: skills with a target, each with `target_items` target and `holdout_items` held-out questions.
     """
 
     samples: Mapping[str, int] = field(default_factory=lambda: {"chart": 240, "counting": 240, "table": 240})
@@ -46,6 +46,7 @@ class PoolPlan:
             "garbled": 0.06,
         }
     )
+    faults_of: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     hard: float = 0.4
     target_hard: float | None = None
     hard_as: str = "in words"
@@ -56,7 +57,7 @@ class PoolPlan:
 
 def write_pool(folder: Path, plan: PoolPlan, seed: int) -> None:
     """Draw everything into `folder`: DOMAIN.jsonl, TARGET.target.jsonl, TARGET.holdout.jsonl, images/, truth.jsonl."""
-    unknown = set(plan.faults) - set(FAULTS)
+    unknown = set(plan.faults).union(*plan.faults_of.values()) - set(FAULTS)
     if unknown:
         raise ValueError(f"unknown faults {sorted(unknown)}, known are {sorted(FAULTS)}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,8 @@ def read_truth(folder: Path) -> dict[str, dict]:
 def _draw_domain(
     folder: Path, skill: str, count: int, plan: PoolPlan, rng: random.Random
 ) -> tuple[list[dict], list[dict]]:
-    faults = [name for name, share in plan.faults.items() for _ in range(round(share * count))]
+    shares = plan.faults_of.get(skill, plan.faults)
+    faults = [name for name, share in shares.items() for _ in range(round(share * count))]
     kinds = faults + ["clean"] * (count - len(faults))
     # near-copies copy a clean sample that is already drawn, so they come last; the file is shuffled afterwards
     kinds.sort(key=lambda kind: kind == "near_copy")
