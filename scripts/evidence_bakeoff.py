@@ -203,18 +203,25 @@ class Pool:
         found = []
         for seeds in combinations(self.seeds, trainings):
             rng = np.random.default_rng(seeds[0])
+            values = {
+                (arm, number): np.mean([self.value_V[seed, arm, run] for seed in seeds], axis=0)
+                for arm in rule.arms
+                for number, run in enumerate(rule.runs, 1)
+                if len(rule.arms) > 1
+            }
+            gains = {arm: self.elsewhere(arm, seeds) - self.elsewhere(FULL, seeds) for arm in rule.arms}
             for _ in range(DRAWS):
                 items = [rng.choice(np.flatnonzero(self.target_V == n), judging, replace=False) for n in (0, 1)]
-                chosen = self.chosen(rule, seeds, np.concatenate(items))
-                found.append(self.elsewhere(chosen, seeds) - self.elsewhere(FULL, seeds))
+                found.append(gains[self.chosen(rule, values, np.concatenate(items))])
         return found
 
-    def chosen(self, rule: Rule, seeds: Sequence[int], item_V: np.ndarray) -> Arm:
+    def chosen(self, rule: Rule, values: Mapping[tuple[Arm, int], np.ndarray], item_V: np.ndarray) -> Arm:
+        """The race's winner by these items; `values` are those of every arm's runs, by number of the round."""
         if len(rule.arms) == 1:
             return rule.arms[0]
 
         def values_of(arm: Arm, number: int) -> np.ndarray:
-            return np.mean([self.value_V[seed, arm, rule.runs[number - 1]][item_V] for seed in seeds], axis=0)
+            return values[arm, number][item_V]
 
         weight_V = np.full(len(item_V), 1 / len(item_V))
         constants = {"BEST": rule.best, "FINALISTS": rule.best + 2, "NEARLY_TIED": rule.nearly_tied}

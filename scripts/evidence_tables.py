@@ -27,24 +27,24 @@ def by_pool(rows: Iterable[Mapping[str, Any]]) -> dict[int, np.ndarray]:
 
 def interval(values: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """Mean over pools and questions with its interval; `values`: one array of questions a pool."""
-    counts, pools = _draws(tuple(len(value_Q) for value_Q in values))
-    # [R, P]: a resampled mean of every pool for every place that a drawn pool can take
-    means = np.stack([counts_RPQ.astype(float) @ v / len(v) for counts_RPQ, v in zip(counts, values, strict=True)])
-    drawn = np.take_along_axis(means, pools[None], axis=0)[0].mean(axis=1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    place_RP = np.empty((RESAMPLES, len(values)))
+    for value_Q, (is_drawn_RP, counts_DQ) in zip(values, _draws(tuple(map(len, values))), strict=True):
+        place_RP[is_drawn_RP] = counts_DQ @ value_Q / len(value_Q)
+    low, high = np.quantile(place_RP.mean(axis=1), (0.025, 0.975))
     return float(np.mean([v.mean() for v in values])), float(low), float(high)
 
 
 @lru_cache(maxsize=16)
-def _draws(questions: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
-    """How often each question of every pool is drawn, [R, P, Q] a pool, and which pools are, [R, P].
+def _draws(questions: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each pool the places it is drawn for, [R, P], and how often each of its questions is drawn there, [D, Q].
 
     The same for all cells with as many pools and questions, and most of their time.
     """
     rng = np.random.default_rng(0)
     shape = (RESAMPLES, len(questions))
     counts = [_counts(rng.integers(count, size=(*shape, count))) for count in questions]
-    return counts, rng.integers(len(questions), size=shape)
+    pools_RP = rng.integers(len(questions), size=shape)
+    return [(pools_RP == pool, counts_RPQ[pools_RP == pool].astype(float)) for pool, counts_RPQ in enumerate(counts)]
 
 
 def _counts(drawn_RPQ: np.ndarray) -> np.ndarray:
@@ -63,16 +63,23 @@ def difference(one: Pools, other: Pools) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def pooled(worlds: Iterable[tuple[Pools, Pools]]) -> str:
-    """Mean over all pools of several worlds of one minus the other; the pools that both have are drawn anew.
+def pooled_gain(worlds: Iterable[tuple[Pools, Pools]]) -> tuple[float, float, float] | None:
+    """Mean over all pools of several worlds of one minus the other, with its interval; none without a pool.
 
-    The luck of questions and of training is in the pools' means, so it is not drawn a second time.
+    The pools that both have are drawn anew. The luck of questions and of training is in their means, so it is not drawn
+    a second time.
     """
     gains = [float((one[seed] - other[seed]).mean()) for one, other in worlds for seed in sorted(one.keys() & other)]
     if not gains:
-        return ""
+        return None
     low, high = bootstrap_interval(np.array(gains), confidence=0.95, resamples=10_000, seed=0)
-    return f"{np.mean(gains):+.3f} [{low:+.3f}, {high:+.3f}]"
+    return float(np.mean(gains)), low, high
+
+
+def pooled(worlds: Iterable[tuple[Pools, Pools]]) -> str:
+    """The same as a cell; empty without a pool."""
+    gain = pooled_gain(worlds)
+    return "" if gain is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
