@@ -10,7 +10,7 @@ import numpy as np
 
 from datalloy.uncertainty import bootstrap_interval, rank_agreement
 from datalloy.verdict import LIKELY
-from evidence_tables import Pools, by_pool, difference, pooled, table
+from evidence_tables import Pools, by_pool, difference, pooled, pooled_gain, table
 
 RESULTS = Path("experiments/results")
 FINAL_STEPS = 40  # of joint.py
@@ -136,10 +136,15 @@ def _means_of(row: dict[str, Any], name: str) -> np.ndarray:
     return np.array(row["values"][name])[inner].mean(axis=1)
 
 
+@cache
+def curve_rows(metric: str, world: str) -> list[dict[str, Any]]:
+    rows = json.loads((RESULTS / "mixture_curves.json").read_text())["rows"]
+    return [row for row in rows if (row["metric"], row["world"]) == (metric, world)]
+
+
 def curves(metric: str, world: str) -> str:
     """Spearman with training over what is not yet trained / regret as a share of the spread, by real runs."""
-    rows = json.loads((RESULTS / "mixture_curves.json").read_text())["rows"]
-    found = [row for row in rows if (row["metric"], row["world"]) == (metric, world)]
+    found = curve_rows(metric, world)
     shown = []
     for predictor in dict.fromkeys(row["predictor"] for row in found):
         same = [row for row in found if row["predictor"] == predictor]
@@ -261,7 +266,7 @@ FOLLOWED = {  # the pick is trained on, and not uniform shares, where its confir
 
 
 @cache
-def _joint_ways() -> dict[str, list[dict[str, Any]]]:
+def joint_ways() -> dict[str, list[dict[str, Any]]]:
     """The rows of every way: of those that mix, of uniform shares or of the pick, as each rule would have it."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in joint_rows():
@@ -277,15 +282,15 @@ def _joint_ways() -> dict[str, list[dict[str, Any]]]:
 
 def _joint_pools(way: str) -> dict[str, Pools]:
     """Right or wrong for every held-out question, by world and pool."""
-    rows = _joint_ways()[way]
+    rows = joint_ways()[way]
     return {w: by_pool(row for row in rows if row["world"] == w) for w in dict.fromkeys(row["world"] for row in rows)}
 
 
 def joint() -> str:
     """Neither, selection, mixture, both and buckets in the mean over all pools, and what deciding took."""
     rows = []
-    for way, same in _joint_ways().items():
-        gains = ["" if way == over else _joint_gain(way, over) for over in ("full SFT", "selection")]
+    for way, same in joint_ways().items():
+        gains = ["" if way == over else pooled(_joint_pairs(way, over)) for over in ("full SFT", "selection")]
         trainings = "0.0" if way.endswith("never") else f"{np.mean([row['steps'] for row in same]) / FINAL_STEPS:.1f}"
         followed = str(sum(row["shares"] == "pick" for row in same)) if "shares" in same[0] else ""
         accuracy = f"{np.mean([row['accuracy'] for row in same]):.3f}"
@@ -293,8 +298,8 @@ def joint() -> str:
     return table(["way (pools)", "accuracy", "over full SFT", "over selection", "trainings to decide", "picks"], rows)
 
 
-def _joint_gain(way: str, over: str) -> str:
-    return pooled(_joint_pairs(way, over))
+def joint_gain(way: str, over: str) -> tuple[float, float, float] | None:
+    return pooled_gain(_joint_pairs(way, over))
 
 
 def _joint_pairs(way: str, over: str) -> list[tuple[Pools, Pools]]:
@@ -319,7 +324,7 @@ def picks_followed() -> str:
 def joint_worlds() -> str:
     """Gains over full SFT by world, the pick followed as the verdict has it."""
     full = _joint_pools("full SFT")
-    ways = [way for way in _joint_ways() if way != "full SFT" and ("follow" not in way or way.endswith(AS_DECIDED))]
+    ways = [way for way in joint_ways() if way != "full SFT" and ("follow" not in way or way.endswith(AS_DECIDED))]
     rows = [
         [way.partition(",")[0], *(difference(pools, full[world]) for world, pools in _joint_pools(way).items())]
         for way in ways

@@ -264,14 +264,14 @@ def test_intervals_of_confirmed_gains_hold_what_trainings_without_end_would_give
     luck_sd = np.sqrt(USUAL_CORRELATION * 0.2**2)
     held, plain = 0, 0
     for seed in range(300):
-        confirmation = trainings(0.02, item_sd=0.2, luck_sd=luck_sd, items=400, seed=seed)
+        confirmation = trainings(0.02, item_sd=0.2, luck_sd=luck_sd, items=100, seed=seed)
         low, high = confirmed(confirmation).interval
         held += low <= 0.02 <= high
         difference_V = confirmation.pick_RV[1] - confirmation.uniform_RV[1]
         half = 1.96 * difference_V.std() / np.sqrt(len(difference_V))
         plain += abs(difference_V.mean() - 0.02) <= half
     assert held / 300 > 0.92
-    assert plain / 300 < 0.75
+    assert plain / 300 < 0.85
 
 
 def test_more_trainings_narrow_the_interval():
