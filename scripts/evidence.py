@@ -1,7 +1,7 @@
-"""The committed results in, the tables of docs/evidence.md out.
+"""The committed results in, the tables and pictures of docs/evidence.md out.
 
-    python scripts/evidence.py            (writes the tables into the page; its words are written by hand)
-    python scripts/evidence.py --check    (exit code 1 where the page's tables are not those of the results)
+    python scripts/evidence.py            (writes them into the page; its words are written by hand)
+    python scripts/evidence.py --check    (exit code 1 where they are not those of the results)
 
 A table stands between `<!-- table: NAME ARGUMENT ... -->` and `<!-- end -->`; names are those of `TABLES`. An argument
 of several words has underscores for its spaces.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import evidence_bakeoff
 import evidence_mixtures
+import evidence_pictures
 import evidence_selection
 
 PAGES = (Path("docs/evidence.md"), Path("README.md"))
@@ -82,6 +83,11 @@ def main() -> None:
         if args.check and filled(page) != page:
             sys.exit(f"{path} is not up to date: run `python scripts/evidence.py`")
         path.write_text(filled(page))
+    for name in evidence_pictures.PICTURES:
+        path = evidence_pictures.FOLDER / f"{name}.svg"
+        if args.check and not evidence_pictures.shows_the_same(path.read_text(), evidence_pictures.drawn(name)):
+            sys.exit(f"{path} is not up to date: run `python scripts/evidence.py`")
+        path.write_text(evidence_pictures.drawn(name))
 
 
 if __name__ == "__main__":
