@@ -1,0 +1,157 @@
+"""Can one-step utility be told to keep what is hard? Worlds of selection.py in, variants of utility out.
+
+    python experiments/utilities.py --worlds "wrong 30 %" "hard matters" "hard, no longer" --seeds 0 1 2
+    python experiments/utilities.py --against-neighbours-alone --worlds clean "wrong 10 %" --seeds 0 1 2
+
+At the default step the exact utility drops hard samples with the wrong ones. Remedies: held against the utilities of
+the twenty samples of the domain whose prompts are most alike (as low loss by neighbours is); a step of a sixteenth of
+Polyak's; benefit and harm as two numbers (what the target items that gain win, what those that lose lose); the mean
+rank over checkpoints of a training on the whole pool; utility of groups (of 16 random samples each, a sample's being
+the mean over its 20 groups); what utility says beyond the loss (its rank less what a line through the ranks of the loss
+expects). By variant: the AUC of clean against faulty samples and of clean hard ones against faulty ones, what the
+better half and fifth of each domain hold, and the held-out accuracy of the base trained on them. `low loss by
+neighbours` stands beside them. `--against-neighbours-alone` leaves out all other remedies. The proxy is the base,
+without warm-up. Resumable. Eight minutes of one core a world and seed, three with that option.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from neighbours import in_domains
+from other_losses import best
+from provenance import provenance
+from scipy.stats import rankdata
+from selection import BATCH, STEPS, World, asked_pools, auc, open_world, worlds_parser
+
+from datalloy.embeddings import embed
+from datalloy.evaluation import answer_losses
+from datalloy.run import write_json
+from datalloy.scorers.one_step import ExactScorer
+from datalloy.scorers.probing import scan_steps
+from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
+from datalloy.similarity import NEIGHBOURS
+from datalloy.target_items import TargetItems
+from datalloy.vlm import VLM, Encoded
+
+FRACTIONS = (0.5, 0.2)
+SMALL = 1 / 16  # of Polyak's step
+CHECKPOINTS = (STEPS // 3, 2 * STEPS // 3)  # beside the base
+GROUPS_OF_EACH = 20
+SCANNED = 16
+
+
+def exact_falls(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int, *, small: bool) -> list[np.ndarray]:
+    """The fall of every target item after a step on every sample, [N, V]: of the default size, and of the small one."""
+    parameters = scoped_parameters(vlm, "full", freeze_vision=False)
+    exact = ExactScorer(vlm, items, Steppable(parameters), rule=StepRule("sgd"), step=0.0)
+    scanned = [pool[i] for i in np.random.default_rng(seed).choice(len(pool), SCANNED, replace=False)]
+    scan = scan_steps(exact, scanned, wanted=None, seed=seed)
+    polyak = scan.rows[0].step / scan.rows[0].multiple
+    _, fall_NSV = exact.falls(pool, (scan.chosen, SMALL * polyak) if small else (scan.chosen,))
+    return list(fall_NSV.swapaxes(0, 1))
+
+
+def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int) -> np.ndarray:
+    """Mean utility of the random groups that a sample is in, [N]: one step on a group at its own Polyak step."""
+    steppable = Steppable(scoped_parameters(vlm, "full", freeze_vision=False))
+    before_V, sum_N = items.losses(vlm), np.zeros(len(pool))
+    for number in range(GROUPS_OF_EACH):
+        order = np.random.default_rng([seed, number]).permutation(len(pool))
+        for rows in np.split(order, range(BATCH, len(pool), BATCH)):
+            loss = vlm.losses(vlm.collate([pool[i] for i in rows])).mean()
+            parts = torch.autograd.grad(loss, steppable.parameters, allow_unused=True)
+            gradient = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(steppable.parameters, parts, strict=True)
+            ]
+            square = sum(float((part**2).sum()) for part in gradient)
+            with steppable.moved(gradient, -loss.item() / square):
+                sum_N[rows] += (before_V - items.losses(vlm)) @ items.item_weight_V
+    return sum_N / GROUPS_OF_EACH
+
+
+def variants(world: World, *, neighbours_alone: bool) -> dict[str, list[float]]:
+    """Scores of every sample, [N], higher is better."""
+    work, seed = world.workflow, world.seed
+    pool = [work._encoded_pool[i] for i in range(len(work.pool))]
+    items, base = work._scoring_inputs.items, work._base
+    weight_V = items.item_weight_V
+    nearest_NK = in_domains(embed(base, pool, "prompts"), np.array(work.pool.domains()), NEIGHBOURS)
+
+    def by_neighbours(score_N: np.ndarray) -> np.ndarray:
+        return score_N - np.median(score_N[nearest_NK], axis=1)
+
+    loss_N = answer_losses(base, pool, batch_size=32)
+    fall_NV, *small = exact_falls(base, items, pool, seed, small=not neighbours_alone)
+    utility_N = fall_NV @ weight_V
+    by_loss_N, by_utility_N = by_neighbours(-loss_N), by_neighbours(utility_N)
+    found = {
+        "low loss by neighbours": by_loss_N,
+        "utility": utility_N,
+        "utility, by neighbours": by_utility_N,
+        "ranks of low loss and utility, both by neighbours": rankdata(by_loss_N) + rankdata(by_utility_N),
+    }
+    if not neighbours_alone:
+        small_N, benefit_N = small[0] @ weight_V, np.maximum(fall_NV, 0) @ weight_V
+        rank_N = rankdata(utility_N)
+        line = np.polyfit(rankdata(loss_N), rank_N, 1)
+        checkpoints = (world.tuned_on(range(len(pool)), steps) for steps in CHECKPOINTS)
+        later = [exact_falls(vlm, items, pool, seed, small=False)[0] @ weight_V for vlm in checkpoints]
+        checkpoints_N = np.mean([rank_N, *map(rankdata, later)], axis=0)
+        found |= {
+            "small step": small_N,
+            "small step, by neighbours": by_neighbours(small_N),
+            "benefit": benefit_N,
+            "benefit, by neighbours": by_neighbours(benefit_N),
+            "least harm": np.minimum(fall_NV, 0) @ weight_V,
+            "three checkpoints": checkpoints_N,
+            "three checkpoints, by neighbours": by_neighbours(checkpoints_N),
+            "groups": group_utilities(base, items, pool, seed),
+            "beyond the loss": rank_N - np.polyval(line, rankdata(loss_N)),
+        }
+    return {name: score_N.tolist() for name, score_N in found.items()}
+
+
+def measure(world: World, *, neighbours_alone: bool) -> Iterator[dict[str, Any]]:
+    domain_N = np.array(world.workflow.pool.domains())
+    unit = "against-neighbours" if neighbours_alone else "variants"
+    scores = world.run.once(unit, partial(variants, world, neighbours_alone=neighbours_alone))
+    del scores["seconds"]  # which `once` adds
+    for name, score in scores.items():
+        score_N = np.array(score)
+        for fraction in FRACTIONS:
+            kept = best(score_N, domain_N, fraction)
+            unit = f"trained/{name.replace(', ', '-').replace(' ', '-')}-{fraction:g}"
+            yield {
+                "world": world.name,
+                "seed": world.seed,
+                "score": name,
+                "fraction": fraction,
+                "auc": auc(score_N, world.is_clean_N),
+                "auc hard": auc(score_N, world.is_clean_N, world.hard_N),
+                "faulty": float(1 - world.is_clean_N[kept].mean()),
+                "hard": float(world.hard_N[kept].mean()),
+                **world.run.once(unit, partial(_trained, world, kept)),
+            }
+
+
+def _trained(world: World, kept: list[int]) -> dict[str, Any]:
+    return world.held_out.measure(world.tuned_on(kept))
+
+
+def main() -> None:
+    parser = worlds_parser(__doc__, "utilities", ("wrong 30 %", "hard matters", "hard, no longer"))
+    parser.add_argument("--against-neighbours-alone", action="store_true", help="no other remedy")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, seed, place in asked_pools(args):
+        with open_world(name, args.base, seed, args.runs / place, ("score.warmup_fraction=0",), "utilities") as world:
+            rows = list(measure(world, neighbours_alone=args.against_neighbours_alone))
+        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
+        print(place, [(row["score"], row["fraction"], round(row["accuracy"], 3)) for row in rows], flush=True)
+
+
+if __name__ == "__main__":
+    main()
