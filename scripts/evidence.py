@@ -26,6 +26,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "fractions": evidence_selection.fractions,
     "like_lengths": evidence_selection.like_lengths,
     "neighbours": evidence_selection.neighbours,
+    "utilities": evidence_selection.utilities,
+    "utilities_in_all_worlds": evidence_selection.utilities_in_all_worlds,
     "by_neighbours": evidence_selection.by_neighbours,
     "later_pools": evidence_selection.later_pools,
     "with_later_pools": evidence_selection.with_later_pools,

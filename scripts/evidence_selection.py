@@ -275,6 +275,54 @@ def neighbours() -> str:
     return table(["held against", *(cell for head in heads for cell in head)], rows)
 
 
+def utilities() -> str:
+    """Remedies for one-step utility: AUC, what the half holds, accuracy on the half and the fifth, means over pools."""
+    found = rows_in("utilities")
+    names = list(dict.fromkeys(row["world"] for row in found if row["score"] == "groups"))
+    rows = []
+    for score in dict.fromkeys(row["score"] for row in found):
+        cells = []
+        for world in names:
+            half, fifth = (
+                [r for r in found if (r["world"], r["score"], r["fraction"]) == (world, score, fraction)]
+                for fraction in (0.5, 0.2)
+            )
+            cells.append(f"{_mean(half, 'auc'):.2f} ({_mean(half, 'auc hard'):.2f})")
+            cells.append(f"{_mean(half, 'faulty'):.2f} / {_mean(half, 'hard'):.2f}")
+            cells.append(f"{_mean(half, 'accuracy'):.3f}, {_mean(fifth, 'accuracy'):.3f}")
+        rows.append([score, *cells])
+    pools = [len({row["seed"] for row in found if row["world"] == world}) for world in names]
+    heads = ([f"{w} ({n}): AUC (hard)", "faulty / hard", "half, fifth"] for w, n in zip(names, pools, strict=True))
+    return table(["score", *(cell for head in heads for cell in head)], rows)
+
+
+def utilities_in_all_worlds() -> str:
+    """Utility held against neighbours, in the mean over the pools of all worlds, minus what else one would train on."""
+    found = rows_in("utilities")
+
+    def of(score: str, world: str, fraction: float) -> Pools:
+        wanted = (score, world, fraction)
+        return by_pool(row for row in found if (row["score"], row["world"], row["fraction"]) == wanted)
+
+    rows = []
+    for score in dict.fromkeys(row["score"] for row in found):
+        if any(not of(score, world, 0.5) for world in worlds("blurred")):
+            continue
+        for fraction in (0.5, 0.2):
+            pools = {world: of(score, world, fraction) for world in worlds("blurred")}
+            others = [
+                *(
+                    {world: runs("blurred", world, scorer, fraction) for world in pools}
+                    for scorer in ("full", "random")
+                ),
+                {world: of("low loss by neighbours", world, fraction) for world in pools},
+            ]
+            cells = [pooled((pools[world], other[world]) for world in pools) for other in others]
+            cells[2] = "" if score == "low loss by neighbours" else cells[2]
+            rows.append([f"{score}, {fraction:.0%} ({sum(map(len, pools.values()))})", *cells])
+    return table(["kept by (pools)", "over full SFT", "over random", "over low loss by neighbours"], rows)
+
+
 def with_later_pools(base: str, world: str) -> str:
     """Gains over full SFT and over random on the pools that were known when an arm was found, on later ones, on all."""
     world, rows = world.replace("_", " "), []
