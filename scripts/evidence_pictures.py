@@ -73,8 +73,11 @@ def arms() -> Figure:
     for at, scorer in enumerate(ranked):
         _span(axes, at - 0.17, gains.get((scorer, FIFTH)), PALE)
         _span(axes, at + 0.17, at_half[scorer], OURS if scorer == "auto" else INK)
-    axes.set_yticks(range(len(ranked)), [NAMES[scorer] for scorer in ranked])
-    axes.set_xlabel("gain in accuracy over full SFT, mean of 27 pools of nine worlds, 95 % interval")
+    pools = {scorer: sum(len(runs(BASE, world, scorer, HALF)) for world in worlds(BASE)) for scorer in ranked}
+    most = max(pools.values())
+    labels = [NAMES[scorer] + (f" ({pools[scorer]} pools)" if pools[scorer] < most else "") for scorer in ranked]
+    axes.set_yticks(range(len(ranked)), labels)
+    axes.set_xlabel(f"gain in accuracy over full SFT, mean of {most} pools of nine worlds, 95 % interval")
     for colour, word in ((OURS, "share chosen by short runs"), (INK, "a half of each domain"), (PALE, "a fifth")):
         axes.plot([], [], "o-", color=colour, label=word)
     axes.legend(loc="lower right")
