@@ -11,7 +11,8 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two.
+a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
+`utility by neighbours` probes and the pass of calibrated besides.
 `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy
 that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
 
@@ -82,6 +83,7 @@ WORLDS: dict[str, PoolPlan] = {
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
+RELATIVE = "calibrated_by_neighbours"  # needs the pass of calibrated
 BASELINES = ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
@@ -90,6 +92,7 @@ RATING_ACCURACY = 0.8
 OF_ONE_SCORER = {
     "by length": "low_loss_by_length",
     "by neighbours": "low_loss_by_neighbours",
+    "utility by neighbours": RELATIVE,
     "visual gain": "visual_gain",
     "entropy": "entropy_minus_loss",
 }
@@ -168,7 +171,7 @@ class World:
         self.hard_N = np.array([self.truth[s.id]["hard"] for s in self.workflow.pool])
 
     def scores(self, scorer: str, draw: int = 0) -> Scores:
-        if scorer in (*SCORERS, *BASELINES):
+        if scorer in (*SCORERS, *BASELINES, RELATIVE):
             return self.workflow.scores_by(scorer)
         rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
@@ -341,7 +344,7 @@ def run_world(
     overrides, run = tuple(settings), "run"
     alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        own = [scorer for scorer in alone if scorer in SCORERS]
+        own = [scorer for scorer in alone if scorer in (*SCORERS, RELATIVE)]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:

@@ -27,7 +27,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "like_lengths": evidence_selection.like_lengths,
     "neighbours": evidence_selection.neighbours,
     "utilities": evidence_selection.utilities,
-    "utilities_in_all_worlds": evidence_selection.utilities_in_all_worlds,
+    "utility_by_neighbours": evidence_selection.utility_by_neighbours,
     "by_neighbours": evidence_selection.by_neighbours,
     "later_pools": evidence_selection.later_pools,
     "with_later_pools": evidence_selection.with_later_pools,

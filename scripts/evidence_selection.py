@@ -30,6 +30,7 @@ NAMES = {
     "deita": "DEITA-style",
     "less": "LESS-style cosine",
     "first_order": "gradient dot product",
+    "calibrated_by_neighbours": "OST, calibrated, by neighbours, no warm-up",
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
     "calibrated diverse": "OST, calibrated, diverse",
@@ -44,7 +45,7 @@ NAMES = {
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 WARMED = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients; run both ways
 FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
-COLD = ("low_loss_by_length cold", "low_loss_by_neighbours", "entropy_minus_loss cold")
+COLD = ("low_loss_by_length cold", "low_loss_by_neighbours", "calibrated_by_neighbours", "entropy_minus_loss cold")
 KNOWN = {  # pools known when a score was found, where not the first three
     ("entropy_minus_loss", "wrong 30 %"): 6,
     **{
@@ -58,7 +59,7 @@ BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, w
 AUTO = ("auto", BY_LENGTH, WARMED_UP)
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
-    *("exact", "calibrated", "calibrated diverse", "tail"),
+    *("exact", "calibrated", "calibrated diverse", "calibrated_by_neighbours", "tail"),
     *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "entropy_minus_loss", "visual_gain"),
     *("mid_loss", "high_loss", "length"),
     *("first_order", "less", "deita", "judge", "random", *AUTO),
@@ -296,31 +297,22 @@ def utilities() -> str:
     return table(["score", *(cell for head in heads for cell in head)], rows)
 
 
-def utilities_in_all_worlds() -> str:
-    """Utility held against neighbours, in the mean over the pools of all worlds, minus what else one would train on."""
-    found = rows_in("utilities")
-
-    def of(score: str, world: str, fraction: float) -> Pools:
-        wanted = (score, world, fraction)
-        return by_pool(row for row in found if (row["score"], row["world"], row["fraction"]) == wanted)
-
-    rows = []
-    for score in dict.fromkeys(row["score"] for row in found):
-        if any(not of(score, world, 0.5) for world in worlds("blurred")):
-            continue
-        for fraction in (0.5, 0.2):
-            pools = {world: of(score, world, fraction) for world in worlds("blurred")}
-            others = [
-                *(
-                    {world: runs("blurred", world, scorer, fraction) for world in pools}
-                    for scorer in ("full", "random")
-                ),
-                {world: of("low loss by neighbours", world, fraction) for world in pools},
-            ]
-            cells = [pooled((pools[world], other[world]) for world in pools) for other in others]
-            cells[2] = "" if score == "low loss by neighbours" else cells[2]
-            rows.append([f"{score}, {fraction:.0%} ({sum(map(len, pools.values()))})", *cells])
-    return table(["kept by (pools)", "over full SFT", "over random", "over low loss by neighbours"], rows)
+def utility_by_neighbours(base: str) -> str:
+    """The fast score by neighbours on the worlds that it was found on, on all others and on all, minus other arms."""
+    scorer, rows = "calibrated_by_neighbours", []
+    others = ("full", "random", "calibrated", "low_loss_by_neighbours", "oracle")
+    found_on = set(dict.fromkeys(row["world"] for row in rows_in("utilities")))
+    for name, chosen in (
+        ("worlds it was found on", found_on),
+        ("other worlds", set(worlds(base)) - found_on),
+        ("all", set(worlds(base))),
+    ):
+        for fraction in (0.2, 0.5, 0.65, 0.8):
+            mine = {world: runs(base, world, scorer, fraction) for world in sorted(chosen)}
+            pairs = {other: [(mine[w], runs(base, w, other, fraction)) for w in mine] for other in others}
+            count = sum(map(len, mine.values()))
+            rows.append([f"{name} ({count}), {fraction:.0%}", *(pooled(pairs[other]) for other in others)])
+    return table(["kept (pools)", *(f"over {NAMES[other]}" for other in others)], rows)
 
 
 def with_later_pools(base: str, world: str) -> str:
