@@ -12,8 +12,9 @@ four samples of five; `deita` multiplies that judge's verdict by a word on diffi
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
-`utility by neighbours` probes and the pass of calibrated besides.
-`auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy
+`utility by neighbours` probes and the pass of calibrated besides. `right and wanted` ranks by two numbers, a sample's
+place in its domain by low loss by neighbours (is the answer right?) and by the gradient dot product (do the targets
+want it?), added. `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy
 that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
@@ -36,6 +37,7 @@ from arguments import parser_of
 from bases import BASES, base_path
 from held_out import HeldOut
 from provenance import provenance
+from scipy.stats import rankdata
 
 from datalloy import bakeoff
 from datalloy.config import Select, load_recipe
@@ -84,6 +86,7 @@ WORLDS: dict[str, PoolPlan] = {
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
 RELATIVE = "calibrated_by_neighbours"  # needs the pass of calibrated
+TWO_NUMBERS = "right_and_wanted"  # needs the gradient dot product
 BASELINES = ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
@@ -93,6 +96,8 @@ OF_ONE_SCORER = {
     "by length": "low_loss_by_length",
     "by neighbours": "low_loss_by_neighbours",
     "utility by neighbours": RELATIVE,
+    "right and wanted": TWO_NUMBERS,
+    "dot product": "first_order",
     "visual gain": "visual_gain",
     "entropy": "entropy_minus_loss",
 }
@@ -173,6 +178,10 @@ class World:
     def scores(self, scorer: str, draw: int = 0) -> Scores:
         if scorer in (*SCORERS, *BASELINES, RELATIVE):
             return self.workflow.scores_by(scorer)
+        if scorer == TWO_NUMBERS:
+            right, wanted = (self.workflow.scores_by(name) for name in ("low_loss_by_neighbours", "first_order"))
+            places = [places_in_domains(scores.utility, scores.domain) for scores in (right, wanted)]
+            return right.with_utility(np.sum(places, axis=0), right.state, {"method": scorer, "signed": False})
         rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
         if scorer in ("judge", "deita"):
@@ -297,6 +306,15 @@ class World:
         return {**found, "probing": (self.run.finished("probes") or {})["seconds"]}
 
 
+def places_in_domains(score_N: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
+    """Place of each score in its domain, between 0 and 1, [N]; equal ones share a place."""
+    place_N = np.empty(len(score_N))
+    for domain in np.unique(domain_N):
+        rows = domain_N == domain
+        place_N[rows] = (rankdata(score_N[rows]) - 0.5) / rows.sum()
+    return place_N
+
+
 def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None = None) -> float | None:
     good, bad = score_N[is_good_N if among_N is None else is_good_N & among_N], score_N[~is_good_N]
     if not len(good) or not len(bad):
@@ -344,7 +362,7 @@ def run_world(
     overrides, run = tuple(settings), "run"
     alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        own = [scorer for scorer in alone if scorer in (*SCORERS, RELATIVE)]
+        own = ["first_order" if s == TWO_NUMBERS else s for s in alone if s in (*SCORERS, RELATIVE, TWO_NUMBERS)]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:

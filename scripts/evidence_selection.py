@@ -30,6 +30,8 @@ NAMES = {
     "deita": "DEITA-style",
     "less": "LESS-style cosine",
     "first_order": "gradient dot product",
+    "first_order cold": "gradient dot product, no warm-up",
+    "right_and_wanted": "low loss by neighbours and gradient dot product, no warm-up",
     "calibrated_by_neighbours": "OST, calibrated, by neighbours, no warm-up",
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
@@ -44,8 +46,12 @@ NAMES = {
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 WARMED = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients; run both ways
+BOTH_WAYS = (*WARMED, "first_order")
 FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
-COLD = ("low_loss_by_length cold", "low_loss_by_neighbours", "calibrated_by_neighbours", "entropy_minus_loss cold")
+COLD = (
+    *("low_loss_by_length cold", "low_loss_by_neighbours", "calibrated_by_neighbours", "entropy_minus_loss cold"),
+    *("first_order cold", "right_and_wanted"),
+)
 KNOWN = {  # pools known when a score was found, where not the first three
     ("entropy_minus_loss", "wrong 30 %"): 6,
     **{
@@ -81,7 +87,7 @@ def with_cold(folder: str, base: str) -> list[Row]:
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
     warm = [row | {"scorer": WARMED_UP} if row["scorer"] == BY_LENGTH else row for row in rows]
-    named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in WARMED else row for row in cold]
+    named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in BOTH_WAYS else row for row in cold]
     return [*warm, *(row for row in named if (row["world"], row["seed"]) in pools)]
 
 
