@@ -14,8 +14,9 @@ it, over tokens. `put back` trains on the half that exact utility prefers and a 
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
 `utility by neighbours` probes and the pass of calibrated besides. `right and wanted` ranks by two numbers, a sample's
 place in its domain by low loss by neighbours (is the answer right?) and by the gradient dot product (do the targets
-want it?), added. `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy
-that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
+want it?), added. `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are
+those of a proxy that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not
+warm up.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
