@@ -1,6 +1,7 @@
 """Can one-step utility be told to keep what is hard? Worlds of selection.py in, variants of utility out.
 
     python experiments/utilities.py --worlds "wrong 30 %" "hard matters" "hard, no longer" --seeds 0 1 2
+    python experiments/utilities.py --groups-alone --worlds clean "wrong 10 %" --seeds 0 1 2
 
 At the default step the exact utility drops hard samples with the wrong ones. Remedies: held against the utilities of
 the twenty samples of the domain whose prompts are most alike (as low loss by neighbours is); a step of a sixteenth of
@@ -9,8 +10,8 @@ rank over checkpoints of a training on the whole pool; utility of groups (of 16 
 the mean over its 20 groups); what utility says beyond the loss (its rank less what a line through the ranks of the loss
 expects). By variant: the AUC of clean against faulty samples and of clean hard ones against faulty ones, what the
 better half and fifth of each domain hold, and the held-out accuracy of the base trained on them. `low loss by
-neighbours` stands beside them. The proxy is the base, without warm-up. Resumable. Five minutes of one core a world and
-seed.
+neighbours` stands beside them, and its ranks added to those of some. `--groups-alone` leaves out all remedies but
+groups. The proxy is the base, without warm-up. Resumable. Five minutes of one core a world and seed, two with that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed:
     return sum_N / GROUPS_OF_EACH
 
 
-def variants(world: World) -> dict[str, list[float]]:
+def variants(world: World, *, groups_alone: bool) -> dict[str, list[float]]:
     """Scores of every sample, [N], higher is better."""
     work, seed = world.workflow, world.seed
     pool = [work._encoded_pool[i] for i in range(len(work.pool))]
@@ -85,6 +86,9 @@ def variants(world: World) -> dict[str, list[float]]:
         return score_N - np.median(score_N[nearest_NK], axis=1)
 
     loss_N = answer_losses(base, pool, batch_size=32)
+    found = {RIGHT: by_neighbours(-loss_N), "groups": group_utilities(base, items, pool, seed)}
+    if groups_alone:
+        return {name: score_N.tolist() for name, score_N in found.items()}
     fall_NV, small_NV = exact_falls(base, items, pool, seed, small=True)
     utility_N, small_N, benefit_N = fall_NV @ weight_V, small_NV @ weight_V, np.maximum(fall_NV, 0) @ weight_V
     rank_N = rankdata(utility_N)
@@ -92,8 +96,7 @@ def variants(world: World) -> dict[str, list[float]]:
     checkpoints = (world.tuned_on(range(len(pool)), steps) for steps in CHECKPOINTS)
     later = [exact_falls(vlm, items, pool, seed, small=False)[0] @ weight_V for vlm in checkpoints]
     checkpoints_N = np.mean([rank_N, *map(rankdata, later)], axis=0)
-    found = {
-        "low loss by neighbours": by_neighbours(-loss_N),
+    found |= {
         "utility": utility_N,
         "utility, by neighbours": by_neighbours(utility_N),
         "small step": small_N,
@@ -103,18 +106,18 @@ def variants(world: World) -> dict[str, list[float]]:
         "least harm": np.minimum(fall_NV, 0) @ weight_V,
         "three checkpoints": checkpoints_N,
         "three checkpoints, by neighbours": by_neighbours(checkpoints_N),
-        "groups": group_utilities(base, items, pool, seed),
         "beyond the loss": rank_N - np.polyval(line, rankdata(loss_N)),
     }
     return {name: score_N.tolist() for name, score_N in found.items()}
 
 
-def measure(world: World) -> Iterator[dict[str, Any]]:
+def measure(world: World, *, groups_alone: bool) -> Iterator[dict[str, Any]]:
     domain_N = np.array(world.workflow.pool.domains())
-    scores = world.run.once("variants", partial(variants, world))
+    unit = "groups" if groups_alone else "variants"
+    scores = world.run.once(unit, partial(variants, world, groups_alone=groups_alone))
     del scores["seconds"]  # which `once` adds
     ranks = {name: rankdata(score) for name, score in scores.items()}
-    both = {f"ranks of {RIGHT} and {other}": ranks[RIGHT] + ranks[other] for other in WANTED}
+    both = {f"ranks of {RIGHT} and {other}": ranks[RIGHT] + ranks[other] for other in WANTED if other in ranks}
     for name, score in (scores | both).items():
         score_N = np.array(score)
         for fraction in FRACTIONS:
@@ -138,11 +141,13 @@ def _trained(world: World, kept: list[int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = worlds_parser(__doc__, "utilities", ("wrong 30 %", "hard matters", "hard, no longer")).parse_args()
+    parser = worlds_parser(__doc__, "utilities", ("wrong 30 %", "hard matters", "hard, no longer"))
+    parser.add_argument("--groups-alone", action="store_true", help="no other remedy")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
         with open_world(name, args.base, seed, args.runs / place, ("score.warmup_fraction=0",), "utilities") as world:
-            rows = list(measure(world))
+            rows = list(measure(world, groups_alone=args.groups_alone))
         write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
         print(place, [(row["score"], row["fraction"], round(row["accuracy"], 3)) for row in rows], flush=True)
 
