@@ -12,11 +12,10 @@ four samples of five; `deita` multiplies that judge's verdict by a word on diffi
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
-`utility by neighbours` probes and the pass of calibrated besides. `right and wanted` ranks by two numbers, a sample's
-place in its domain by low loss by neighbours (is the answer right?) and by the gradient dot product (do the targets
-want it?), added. `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are
-those of a proxy that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not
-warm up.
+`utility by neighbours` (a utility held against those of its neighbours) and `right and wanted` (places in the domain by
+low loss by neighbours and by the gradient dot product, added) the pass of another scorer besides. `auto` is the
+bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed
+up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
@@ -43,6 +42,8 @@ from scipy.stats import rankdata
 from datalloy import bakeoff
 from datalloy.config import Select, load_recipe
 from datalloy.run import Run, write_atomically, write_json
+from datalloy.scorers import Seen
+from datalloy.scorers.baselines import low_loss_by_neighbours
 from datalloy.scores import Scores
 from datalloy.selection import select
 from datalloy.tiny.pools import PoolPlan, read_truth, write_pool
@@ -86,8 +87,7 @@ WORLDS: dict[str, PoolPlan] = {
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
-RELATIVE = "calibrated_by_neighbours"  # needs the pass of calibrated
-TWO_NUMBERS = "right_and_wanted"  # needs the gradient dot product
+MADE = {"calibrated_by_neighbours": "calibrated", "right_and_wanted": "first_order"}  # of which utility
 BASELINES = ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
@@ -96,8 +96,8 @@ RATING_ACCURACY = 0.8
 OF_ONE_SCORER = {
     "by length": "low_loss_by_length",
     "by neighbours": "low_loss_by_neighbours",
-    "utility by neighbours": RELATIVE,
-    "right and wanted": TWO_NUMBERS,
+    "utility by neighbours": "calibrated_by_neighbours",
+    "right and wanted": "right_and_wanted",
     "dot product": "first_order",
     "visual gain": "visual_gain",
     "entropy": "entropy_minus_loss",
@@ -177,12 +177,10 @@ class World:
         self.hard_N = np.array([self.truth[s.id]["hard"] for s in self.workflow.pool])
 
     def scores(self, scorer: str, draw: int = 0) -> Scores:
-        if scorer in (*SCORERS, *BASELINES, RELATIVE):
+        if scorer in (*SCORERS, *BASELINES):
             return self.workflow.scores_by(scorer)
-        if scorer == TWO_NUMBERS:
-            right, wanted = (self.workflow.scores_by(name) for name in ("low_loss_by_neighbours", "first_order"))
-            places = [places_in_domains(scores.utility, scores.domain) for scores in (right, wanted)]
-            return right.with_utility(np.sum(places, axis=0), right.state, {"method": scorer, "signed": False})
+        if scorer in MADE:
+            return self.made(scorer)
         rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
         if scorer in ("judge", "deita"):
@@ -190,6 +188,19 @@ class World:
         if scorer == "deita":
             value_N = value_N * (1 + self.says(self.hard_N, rng))
         table = self.workflow.score()
+        return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
+
+    def made(self, scorer: str) -> Scores:
+        """A utility held against its neighbours', or its place added to that by low loss by neighbours."""
+        work = self.workflow
+        table = work.scores_by(MADE[scorer])
+        if scorer == "right_and_wanted":
+            right_N = work.scores_by("low_loss_by_neighbours").utility
+            value_N = places(right_N, table.domain) + places(table.utility, table.domain)
+        else:
+            keys, tokens_N = work.pool.content_hashes(), table.supervised_tokens
+            seen = Seen(-table.utility, tokens_N, table.domain, keys, self.seed, lambda row_R: work._prompts(row_R))
+            value_N = low_loss_by_neighbours(seen)  # of what is low where utility is high
         return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
 
     def says(self, is_true_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -307,7 +318,7 @@ class World:
         return {**found, "probing": (self.run.finished("probes") or {})["seconds"]}
 
 
-def places_in_domains(score_N: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
+def places(score_N: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
     """Place of each score in its domain, between 0 and 1, [N]; equal ones share a place."""
     place_N = np.empty(len(score_N))
     for domain in np.unique(domain_N):
@@ -363,7 +374,7 @@ def run_world(
     overrides, run = tuple(settings), "run"
     alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        own = ["first_order" if s == TWO_NUMBERS else s for s in alone if s in (*SCORERS, RELATIVE, TWO_NUMBERS)]
+        own = [MADE.get(scorer, scorer) for scorer in alone if scorer in (*SCORERS, *MADE)]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:

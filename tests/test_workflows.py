@@ -295,16 +295,13 @@ def test_the_bakeoff_does_not_train_twice_on_the_same_samples(recipe_path, tmp_p
     assert {row["arm"]["scorer"] for row in results} == {"full", "random", "low_loss", "high_loss"}
 
 
-@pytest.mark.parametrize("arm", ["calibrated", "calibrated_by_neighbours"])
-def test_a_score_that_disagrees_is_left_out_of_a_race_and_an_error_where_it_is_the_only_way(arm, recipe_path, tmp_path):
+def test_a_score_that_disagrees_is_left_out_of_a_race_and_an_error_where_it_is_the_only_way(recipe_path, tmp_path):
     """Six probes are too few for `calibrated`, which then refuses."""
     few = ("select.keep_fraction=0.5", "score.warmup_fraction=0")
-    with Run(load_recipe(recipe_path, (*few, f"select.bakeoff_arms=[{arm}, low_loss]")), tmp_path / "two") as run:
-        workflow = Workflow(run)
-        assert workflow.score().metadata["method"] == "loss"
-        assert workflow._chosen_arm()[0].scorer == "low_loss"
+    with Run(load_recipe(recipe_path, (*few, "select.bakeoff_arms=[calibrated, low_loss]")), tmp_path / "two") as run:
+        assert Workflow(run).score().metadata["method"] == "loss"
     with (
-        Run(load_recipe(recipe_path, (*few, f"select.bakeoff_arms=[{arm}]")), tmp_path / "one") as run,
+        Run(load_recipe(recipe_path, (*few, "select.bakeoff_arms=[calibrated]")), tmp_path / "one") as run,
         pytest.raises(AgreementError, match="probes"),
     ):
         Workflow(run).score()
@@ -315,21 +312,6 @@ def test_the_table_of_the_run_is_of_what_knows_the_targets_wherever_it_stands_am
     with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
         assert Workflow(run).score().metadata["method"] == "first_order"
         assert Workflow(run).scores_by("visual_gain").metadata == {"method": "visual_gain", "signed": False}
-
-
-def test_utility_by_neighbours_is_what_a_sample_has_above_the_median_of_its_neighbours(recipe_path, tmp_path):
-    """In a domain of twenty all others are neighbours. One pass serves the utility and what is made of it."""
-    overrides = ("select.bakeoff_arms=[exact_by_neighbours, exact]", "score.step=0.01", "score.warmup_fraction=0")
-    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
-        workflow = Workflow(run)
-        above, table = workflow.scores_by("exact_by_neighbours"), workflow.score()
-        assert list(workflow._tables) == ["exact"]
-    rows = np.flatnonzero(table.domain == "counting")
-    utility_R = table.utility[rows]
-    wanted_R = [utility - np.median(np.delete(utility_R, row)) for row, utility in enumerate(utility_R)]
-    assert above.utility[rows] == pytest.approx(wanted_R)
-    assert above.metadata == {"method": "exact_by_neighbours", "signed": False}
-    assert above.state.tolist() == table.state.tolist()
 
 
 def test_prompts_are_embedded_once_for_all_arms_and_not_again_in_the_next_process(recipe_path, tmp_path, monkeypatch):

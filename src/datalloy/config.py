@@ -63,8 +63,6 @@ ScorerName = Literal[
     "low_loss",
     "low_loss_by_length",
     "low_loss_by_neighbours",
-    "exact_by_neighbours",
-    "calibrated_by_neighbours",
     "mid_loss",
     "high_loss",
     "length",

@@ -72,14 +72,13 @@ def _stages(
     if recipe.score.warmup_fraction:
         yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
-    passes = list(dict.fromkeys(_pass_of(method) for method in methods))
-    if set(passes) - {"loss", *scorers.WITHOUT_PROBES}:
+    if set(methods) - {*scorers.BASELINES, *scorers.WITHOUT_PROBES}:
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         yield StageCost(
             "probes", (min(recipe.score.probes, pool) + scanned) * used * forward, 8 * used * recipe.score.probes
         )
-    for method in passes:
+    for method in dict.fromkeys(m if m not in scorers.BASELINES else "loss" for m in methods):
         flops = {
             "exact": pool * (step + used * forward),
             "tail": pool * (step + used * forward * recipe.score.tail_layers / 8),
@@ -96,9 +95,9 @@ def _stages(
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
-    by_neighbours = {"low_loss_by_neighbours", *scorers.AGAINST_NEIGHBOURS}.intersection(methods)
-    if embeddings := bool(by_neighbours) + (recipe.select.diversity != "off"):
-        yield StageCost("embed", embeddings * pool * forward, 0, "where the proxy puts each sample or prompt")
+    passes = ("low_loss_by_neighbours" in methods) + (recipe.select.diversity != "off")
+    if passes:
+        yield StageCost("embed", passes * pool * forward, 0, "where the proxy puts each sample or prompt")
     if recipe.is_raced:
         judging = sum(min(count - scoring[name], bakeoff.JUDGING_ITEMS) for name, count in items.items())
         runs = _races(methods, recipe.select, int(recipe.select.bakeoff_epochs * pool / batch), round(seen / batch))
@@ -114,11 +113,6 @@ def _stages(
         yield from _mixture_stages(recipe, recipe.mixture, seen, training, disk, 2 * base * tokens * targets)
     yield StageCost("train", training, disk, f"{seen / batch:.0f} steps of {batch}")
     yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
-
-
-def _pass_of(method: str) -> str:
-    """The scorer whose pass over the pool gives what a method ranks by; baselines need the loss alone."""
-    return "loss" if method in scorers.BASELINES else scorers.AGAINST_NEIGHBOURS.get(method, method)
 
 
 def _races(methods: Sequence[str], settings: Select, budget_steps: int, final_steps: int) -> int:

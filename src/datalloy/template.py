@@ -31,8 +31,7 @@ evaluation:
 # How samples are scored. auto: short measured runs decide between scorers.
 # Methods: exact (the definition, dear), tail (exact on the last layers), calibrated, first_order, random, low_loss,
 # low_loss_by_length (among answers of like length: keeps long, hard ones that low_loss drops),
-# low_loss_by_neighbours (among prompts that are alike to the proxy: keeps hard kinds of question),
-# calibrated_by_neighbours (one-step utility, held against those of such samples) ...
+# low_loss_by_neighbours (among prompts that are alike to the proxy: keeps hard kinds of question) ...
 score:
   method: auto
 

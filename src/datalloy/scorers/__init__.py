@@ -4,8 +4,7 @@ The family of scorers: `exact` (the definition), `tail` (exact on the last layer
 fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), `less` (cosines
 of gradients), `visual_gain` (what the pictures tell about the answers), `entropy_minus_loss` (answers likelier than
 expected), and the baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all. Raters
-(`deita`, `judge`) read samples instead of measuring them and give `Ratings`. `exact_by_neighbours` and
-`calibrated_by_neighbours` hold the utility of a sample against those of samples like it.
+(`deita`, `judge`) read samples instead of measuring them and give `Ratings`.
 """
 
 import itertools
@@ -19,14 +18,7 @@ from torch.nn import Parameter
 
 from datalloy.config import Score
 from datalloy.errors import AgreementError
-from datalloy.scorers.baselines import (
-    AGAINST_NEIGHBOURS,
-    BASELINES,
-    WITHOUT_MODEL,
-    LossScorer,
-    Seen,
-    above_neighbours,
-)
+from datalloy.scorers.baselines import BASELINES, WITHOUT_MODEL, LossScorer, Seen
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.deita import DeitaRater
 from datalloy.scorers.entropy_minus_loss import EntropyMinusLossScorer
@@ -46,7 +38,6 @@ from datalloy.uncertainty import rank_agreement, rank_agreement_interval
 from datalloy.vlm import VLM, Encoded
 
 __all__ = [
-    "AGAINST_NEIGHBOURS",
     "BASELINES",
     "FAULTS",
     "GRID",
@@ -64,7 +55,6 @@ __all__ = [
     "Scorer",
     "ScoringInputs",
     "Seen",
-    "above_neighbours",
     "agreement_with_exact",
     "prepare",
     "probe",

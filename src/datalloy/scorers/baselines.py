@@ -1,8 +1,8 @@
 """Losses, lengths and seeds in, the scores that every utility has to beat out.
 
 Utility here only means "kept first": these scores know no target and carry no sign, so nothing is ever called toxic
-by them. All of them follow from one forward pass, hence from the columns of any other scorer's table; what is held
-against neighbours needs one more.
+by them. All of them follow from one forward pass, hence from the columns of any other scorer's table; low loss by
+neighbours needs one more.
 """
 
 import hashlib
@@ -62,30 +62,26 @@ def low_loss_by_length(seen: Seen) -> np.ndarray:
 
 
 def low_loss_by_neighbours(seen: Seen) -> np.ndarray:
-    """What the proxy knows better than its like comes first: the median loss of its neighbours minus its own, nats."""
-    return above_neighbours(-seen.loss_N, seen)
-
-
-def above_neighbours(value_N: np.ndarray, seen: Seen) -> np.ndarray:
-    """How far a value is above the median of its neighbours' values, [N], in the values' unit.
+    """What the proxy knows better than its like comes first: the median loss of its neighbours minus its own, nats.
 
     Neighbours (`similarity.py`) are samples of the domain whose prompts are alike to the proxy, so what makes a kind of
-    question hard, or its answers long, is in their values too. A missing value stays missing and is nobody's neighbour.
+    question hard, or its answers long, is in their losses too. A missing loss stays missing and is nobody's neighbour.
     Zero for a sample that is alone in its domain.
     """
     if seen.prompts is None:
-        raise ValueError("scores by neighbours need to see the prompts")
+        raise ValueError("low_loss_by_neighbours needs to see the prompts")
     prompts, draw_N = seen.prompts, random_score(seen)
-    above_N = np.full(len(value_N), np.nan)
-    known_N = np.isfinite(value_N)
+    gain_N = np.full(len(seen.loss_N), np.nan)
+    known_N = np.isfinite(seen.loss_N)
     for domain in np.unique(seen.domain_N[known_N]):
         rows = np.flatnonzero(known_N & (seen.domain_N == domain))
 
         def of_domain(places: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
             return prompts(rows[places])
 
-        above_N[rows] = value_N[rows] - median_of_neighbours(value_N[rows], of_domain, draw_N[rows])
-    return above_N
+        median_N = median_of_neighbours(seen.loss_N[rows], of_domain, draw_N[rows])
+        gain_N[rows] = median_N - seen.loss_N[rows]
+    return gain_N
 
 
 def high_loss(seen: Seen) -> np.ndarray:
@@ -103,10 +99,6 @@ def length(seen: Seen) -> np.ndarray:
     return seen.tokens_N.astype(float)
 
 
-AGAINST_NEIGHBOURS = {  # what is held against the neighbours' is another scorer's utility; it says nothing of harm
-    "exact_by_neighbours": "exact",
-    "calibrated_by_neighbours": "calibrated",
-}
 WITHOUT_MODEL = {"random", "length"}  # need no loss, so no pass of the proxy
 
 BASELINES: dict[str, Callable[[Seen], np.ndarray]] = {
