@@ -303,21 +303,40 @@ def utilities() -> str:
     return table(["score", *(cell for head in heads for cell in head)], rows)
 
 
-def utility_by_neighbours(base: str) -> str:
-    """The fast score by neighbours on the worlds that it was found on, on all others and on all, minus other arms."""
-    scorer, rows = "calibrated_by_neighbours", []
-    others = ("full", "random", "calibrated", "low_loss_by_neighbours", "oracle")
-    found_on = set(dict.fromkeys(row["world"] for row in rows_in("utilities")))
-    for name, chosen in (
-        ("worlds it was found on", found_on),
-        ("other worlds", set(worlds(base)) - found_on),
-        ("all", set(worlds(base))),
+def of_groups(base: str) -> str:
+    """Utility of groups, and its ranks added to those of low loss by neighbours, minus full SFT by world and more."""
+    found = rows_in("utilities")
+    names = list(dict.fromkeys(row["score"] for row in found if row["world"] == "clean"))
+
+    def of(score: str, fraction: float) -> dict[str, Pools]:
+        same = [row for row in found if (row["score"], row["fraction"]) == (score, fraction)]
+        return {world: by_pool(row for row in same if row["world"] == world) for world in worlds(base)}
+
+    rows = []
+    for score, fraction in product(names, (0.5, 0.2)):
+        mine, by_loss = of(score, fraction), of(names[0], fraction)
+        cells = [difference(pools, runs(base, world, "full")) for world, pools in mine.items()]
+        for scorer in ("full", "random", "oracle"):
+            cells.append(pooled((pools, runs(base, world, scorer, fraction)) for world, pools in mine.items()))
+        cells.append("" if score == names[0] else pooled((pools, by_loss[world]) for world, pools in mine.items()))
+        rows.append([f"{score} {fraction:.0%}", *cells])
+    over = ("full SFT", "random", "clean samples only", names[0])
+    return table([*headed("over full SFT", base), *(f"all over {name}" for name in over)], rows)
+
+
+def two_numbers(base: str) -> str:
+    """Remedies for the fast scores on the pools that have them, minus other arms."""
+    others = ("full", "random", "low_loss_by_neighbours", "calibrated", "first_order cold")
+    rows = []
+    for scorer, fraction in product(
+        ("calibrated_by_neighbours", "right_and_wanted", "first_order cold"), (0.2, 0.5, 0.65, 0.8)
     ):
-        for fraction in (0.2, 0.5, 0.65, 0.8):
-            mine = {world: runs(base, world, scorer, fraction) for world in sorted(chosen)}
-            pairs = {other: [(mine[w], runs(base, w, other, fraction)) for w in mine] for other in others}
-            count = sum(map(len, mine.values()))
-            rows.append([f"{name} ({count}), {fraction:.0%}", *(pooled(pairs[other]) for other in others)])
+        count = sum(len(runs(base, world, scorer, fraction)) for world in worlds(base))
+        cells = [
+            "" if other == scorer else pooled(in_every_world(base, (scorer, fraction), (other, fraction)))
+            for other in others
+        ]
+        rows.append([f"{NAMES[scorer]} {fraction:.0%} ({count})", *cells])
     return table(["kept (pools)", *(f"over {NAMES[other]}" for other in others)], rows)
 
 
