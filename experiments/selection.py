@@ -12,10 +12,10 @@ four samples of five; `deita` multiplies that judge's verdict by a word on diffi
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
-`utility by neighbours` (a utility held against those of its neighbours) and `right and wanted` (places in the domain by
-low loss by neighbours and by the gradient dot product, added) the pass of another scorer besides. `auto` is the
-bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed
-up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not warm up.
+`right and wanted` and `utility by neighbours` (calibrated utility, held against its neighbours') the pass of another
+scorer besides. `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are
+those of a proxy that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not
+warm up.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
@@ -37,7 +37,6 @@ from arguments import parser_of
 from bases import BASES, base_path
 from held_out import HeldOut
 from provenance import provenance
-from scipy.stats import rankdata
 
 from datalloy import bakeoff
 from datalloy.config import Select, load_recipe
@@ -87,7 +86,7 @@ WORLDS: dict[str, PoolPlan] = {
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
-MADE = {"calibrated_by_neighbours": "calibrated", "right_and_wanted": "first_order"}  # of which utility
+RELATIVE = "calibrated_by_neighbours"  # no scorer of the product
 BASELINES = ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
@@ -96,7 +95,7 @@ RATING_ACCURACY = 0.8
 OF_ONE_SCORER = {
     "by length": "low_loss_by_length",
     "by neighbours": "low_loss_by_neighbours",
-    "utility by neighbours": "calibrated_by_neighbours",
+    "utility by neighbours": RELATIVE,
     "right and wanted": "right_and_wanted",
     "dot product": "first_order",
     "visual gain": "visual_gain",
@@ -177,10 +176,10 @@ class World:
         self.hard_N = np.array([self.truth[s.id]["hard"] for s in self.workflow.pool])
 
     def scores(self, scorer: str, draw: int = 0) -> Scores:
-        if scorer in (*SCORERS, *BASELINES):
+        if scorer in (*SCORERS, *BASELINES, "right_and_wanted"):
             return self.workflow.scores_by(scorer)
-        if scorer in MADE:
-            return self.made(scorer)
+        if scorer == RELATIVE:
+            return self.against_neighbours("calibrated")
         rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
         if scorer in ("judge", "deita"):
@@ -190,18 +189,14 @@ class World:
         table = self.workflow.score()
         return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
 
-    def made(self, scorer: str) -> Scores:
-        """A utility held against its neighbours', or its place added to that by low loss by neighbours."""
+    def against_neighbours(self, scorer: str) -> Scores:
+        """Utilities minus the median of their neighbours'."""
         work = self.workflow
-        table = work.scores_by(MADE[scorer])
-        if scorer == "right_and_wanted":
-            right_N = work.scores_by("low_loss_by_neighbours").utility
-            value_N = places(right_N, table.domain) + places(table.utility, table.domain)
-        else:
-            keys, tokens_N = work.pool.content_hashes(), table.supervised_tokens
-            seen = Seen(-table.utility, tokens_N, table.domain, keys, self.seed, lambda row_R: work._prompts(row_R))
-            value_N = low_loss_by_neighbours(seen)  # of what is low where utility is high
-        return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
+        table = work.scores_by(scorer)
+        keys, tokens_N = work.pool.content_hashes(), table.supervised_tokens
+        seen = Seen(-table.utility, tokens_N, table.domain, keys, self.seed, lambda row_R: work._prompts(row_R))
+        value_N = low_loss_by_neighbours(seen)  # of what is low where utility is high
+        return table.with_utility(value_N, table.state, {"method": RELATIVE, "signed": False})
 
     def says(self, is_true_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """What a rater says who is right about four samples of five."""
@@ -318,15 +313,6 @@ class World:
         return {**found, "probing": (self.run.finished("probes") or {})["seconds"]}
 
 
-def places(score_N: np.ndarray, domain_N: np.ndarray) -> np.ndarray:
-    """Place of each score in its domain, between 0 and 1, [N]; equal ones share a place."""
-    place_N = np.empty(len(score_N))
-    for domain in np.unique(domain_N):
-        rows = domain_N == domain
-        place_N[rows] = (rankdata(score_N[rows]) - 0.5) / rows.sum()
-    return place_N
-
-
 def auc(score_N: np.ndarray, is_good_N: np.ndarray, among_N: np.ndarray | None = None) -> float | None:
     good, bad = score_N[is_good_N if among_N is None else is_good_N & among_N], score_N[~is_good_N]
     if not len(good) or not len(bad):
@@ -374,7 +360,8 @@ def run_world(
     overrides, run = tuple(settings), "run"
     alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        own = [MADE.get(scorer, scorer) for scorer in alone if scorer in (*SCORERS, *MADE)]
+        passes = {**dict(zip(SCORERS, SCORERS, strict=True)), RELATIVE: "calibrated", "right_and_wanted": "first_order"}
+        own = [passes[scorer] for scorer in alone if scorer in passes]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:

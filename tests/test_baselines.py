@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datalloy.scorers import BASELINES, Seen
+from datalloy.scorers import BASELINES, Seen, right_and_wanted
 
 SEEN = Seen(np.array([1.0, 4, 2, 8, 3]), np.array([3, 1, 9, 2, 2]), np.repeat("x", 5), ["a", "b", "c", "d", "a"], 0)
 
@@ -83,6 +83,22 @@ def test_by_neighbours_is_the_median_of_the_neighbours_minus_the_loss_and_a_miss
 def test_by_neighbours_a_sample_alone_in_its_domain_has_zero():
     seen = SEEN._replace(domain_N=np.array(["x", "x", "x", "x", "y"]), prompts=np.eye(5).__getitem__)
     assert BASELINES["low_loss_by_neighbours"](seen)[4] == 0
+
+
+def test_right_and_wanted_adds_the_places_of_both_in_the_domain():
+    """In a domain of so few all others are neighbours: losses 1, 4, 2, 8 and 3 are best first 0, 2, 4, 1, 3."""
+    seen = SEEN._replace(prompts=np.eye(5).__getitem__)
+    slope_N = np.array([0.0, 5, 5, -1, np.nan])
+    right_N, wanted_N = np.array([0.9, 0.3, 0.7, 0.1, 0.5]), np.array([0.375, 0.75, 0.75, 0.125, np.nan])
+    assert right_and_wanted(seen, slope_N) == pytest.approx(right_N + wanted_N, nan_ok=True)
+
+
+def test_right_and_wanted_in_a_domain_does_not_depend_on_what_other_domains_hold():
+    seen = of_two_kinds()
+    slope_N = np.random.default_rng(1).normal(size=160)
+    both_N, of_x = right_and_wanted(seen, slope_N), seen.domain_N == "x"
+    other_N = right_and_wanted(seen._replace(loss_N=seen.loss_N + 7 * ~of_x), slope_N - 9.0 * ~of_x)
+    assert other_N[of_x].tolist() == both_N[of_x].tolist()
 
 
 def test_by_neighbours_needs_the_prompts():

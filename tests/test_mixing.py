@@ -245,6 +245,7 @@ def test_a_dry_run_prices_a_warm_up_only_where_there_is_one(fraction, is_priced,
     [
         (("score.method=low_loss_by_neighbours",), True),
         (("score.method=auto", "select.bakeoff_arms=[low_loss, low_loss_by_neighbours]"), True),
+        (("score.method=right_and_wanted",), True),
         (("score.method=low_loss", "select.diversity=threshold"), True),
         (("score.method=low_loss",), False),
     ],
@@ -259,6 +260,7 @@ def test_a_dry_run_knows_the_price_of_every_score(recipe_path):
     assert visual == pytest.approx(2 * loss, rel=0.01)
     assert hooks == pytest.approx(3 * loss, rel=0.01)
     assert all(scoring_operations(recipe_path, name) for name in get_args(ScorerName))
+    assert scoring_operations(recipe_path, "right_and_wanted") == scoring_operations(recipe_path, "first_order")
 
 
 def scoring_operations(recipe_path, name):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from scipy.stats import rankdata
 
 from datalloy import embeddings
 from datalloy.config import load_recipe
@@ -312,6 +313,21 @@ def test_the_table_of_the_run_is_of_what_knows_the_targets_wherever_it_stands_am
     with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
         assert Workflow(run).score().metadata["method"] == "first_order"
         assert Workflow(run).scores_by("visual_gain").metadata == {"method": "visual_gain", "signed": False}
+
+
+def test_right_and_wanted_is_made_from_the_pass_of_first_order(recipe_path, tmp_path):
+    overrides = ("select.bakeoff_arms=[right_and_wanted, first_order]", "score.step=0.01", "score.warmup_fraction=0")
+    with Run(load_recipe(recipe_path, overrides), tmp_path / "run") as run:
+        workflow = Workflow(run)
+        made, table = workflow.scores_by("right_and_wanted"), workflow.score()
+        assert list(workflow._tables) == ["first_order"]
+    rows = np.flatnonzero(table.domain == "counting")
+    # in a domain of twenty all others are neighbours
+    right_R = [np.median(np.delete(table.loss[rows], row)) - loss for row, loss in enumerate(table.loss[rows])]
+    place_R = (rankdata(right_R) + rankdata(table.utility[rows]) - 1) / 20
+    assert made.utility[rows] == pytest.approx(place_R)
+    assert made.metadata == {"method": "right_and_wanted", "signed": False}
+    assert made.state.tolist() == table.state.tolist()
 
 
 def test_prompts_are_embedded_once_for_all_arms_and_not_again_in_the_next_process(recipe_path, tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ ScorerName = Literal[
     "low_loss",
     "low_loss_by_length",
     "low_loss_by_neighbours",
+    "right_and_wanted",
     "mid_loss",
     "high_loss",
     "length",

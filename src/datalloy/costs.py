@@ -72,13 +72,14 @@ def _stages(
     if recipe.score.warmup_fraction:
         yield StageCost("warm-up", recipe.score.warmup_fraction * pool * step, 4 * proxy)
     methods = recipe.select.bakeoff_arms if recipe.score.method == "auto" else (recipe.score.method,)
-    if set(methods) - {*scorers.BASELINES, *scorers.WITHOUT_PROBES}:
+    passes = list(dict.fromkeys(_pass_of(method) for method in methods))
+    if set(passes) - {"loss", *scorers.WITHOUT_PROBES}:
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         yield StageCost(
             "probes", (min(recipe.score.probes, pool) + scanned) * used * forward, 8 * used * recipe.score.probes
         )
-    for method in dict.fromkeys(m if m not in scorers.BASELINES else "loss" for m in methods):
+    for method in passes:
         flops = {
             "exact": pool * (step + used * forward),
             "tail": pool * (step + used * forward * recipe.score.tail_layers / 8),
@@ -95,9 +96,9 @@ def _stages(
             "loss": pool * forward,
         }[method]
         yield StageCost(f"score {method}", flops, 150.0 * pool, f"one epoch of the proxy is {pool * step:.1e}")
-    passes = ("low_loss_by_neighbours" in methods) + (recipe.select.diversity != "off")
-    if passes:
-        yield StageCost("embed", passes * pool * forward, 0, "where the proxy puts each sample or prompt")
+    has_neighbours = not {"low_loss_by_neighbours", "right_and_wanted"}.isdisjoint(methods)
+    if embeddings := has_neighbours + (recipe.select.diversity != "off"):
+        yield StageCost("embed", embeddings * pool * forward, 0, "where the proxy puts each sample or prompt")
     if recipe.is_raced:
         judging = sum(min(count - scoring[name], bakeoff.JUDGING_ITEMS) for name, count in items.items())
         runs = _races(methods, recipe.select, int(recipe.select.bakeoff_epochs * pool / batch), round(seen / batch))
@@ -113,6 +114,11 @@ def _stages(
         yield from _mixture_stages(recipe, recipe.mixture, seen, training, disk, 2 * base * tokens * targets)
     yield StageCost("train", training, disk, f"{seen / batch:.0f} steps of {batch}")
     yield StageCost("evaluate", 2 * (targets + held_out) * 2 * base * (tokens + generated), 0, "base and tuned model")
+
+
+def _pass_of(method: str) -> str:
+    """The scorer whose pass over the pool gives what a method ranks by; baselines need the loss alone."""
+    return "loss" if method in scorers.BASELINES else scorers.MADE_FROM.get(method, method)
 
 
 def _races(methods: Sequence[str], settings: Select, budget_steps: int, final_steps: int) -> int:

@@ -31,7 +31,8 @@ evaluation:
 # How samples are scored. auto: short measured runs decide between scorers.
 # Methods: exact (the definition, dear), tail (exact on the last layers), calibrated, first_order, random, low_loss,
 # low_loss_by_length (among answers of like length: keeps long, hard ones that low_loss drops),
-# low_loss_by_neighbours (among prompts that are alike to the proxy: keeps hard kinds of question) ...
+# low_loss_by_neighbours (among prompts that are alike to the proxy: keeps hard kinds of question),
+# right_and_wanted (the same, and what the targets ask for: the best where little is kept) ...
 score:
   method: auto
 

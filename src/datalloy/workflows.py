@@ -65,7 +65,7 @@ class Workflow:
         self.run, self.recipe = run, run.recipe
         self.engine = engine or LocalEngine(self)
         self._ready: dict[str, tuple[scorers.Scorer, scorers.Rater | None]] = {}  # of the scorer at work
-        self._baselines: dict[str, Scores] = {}
+        self._made: dict[str, Scores] = {}
 
     def perform(self, unit: Unit, coming: Unit | None = None) -> None:
         """Do one unit of work for an engine and commit its record."""
@@ -203,13 +203,14 @@ class Workflow:
 
     @property
     def _methods(self) -> list[str]:
-        """Scorers that need a pass of their own; the baselines follow from the columns of any table.
+        """Scorers that need a pass of their own; all others follow from the columns of their tables.
 
         Those that know the targets come first: the first table is the run's.
         """
         method = self.recipe.score.method
         wanted: Sequence[str] = self.recipe.select.bakeoff_arms if method == "auto" else (method,)
-        passes = [method for method in wanted if method not in scorers.BASELINES]
+        passes = [scorers.MADE_FROM.get(method, method) for method in wanted if method not in scorers.BASELINES]
+        passes = list(dict.fromkeys(passes))
         passes.sort(key=lambda method: method in scorers.WITHOUT_PROBES)
         return passes or (["lengths"] if set(wanted) <= scorers.WITHOUT_MODEL else ["loss"])
 
@@ -492,17 +493,25 @@ class Workflow:
         return [range(i, min(i + SHARD, len(self.pool))) for i in range(0, len(self.pool), SHARD)]
 
     def scores_by(self, scorer: str) -> Scores:
-        """The pool's scores by any scorer; baselines are made from the columns of the first table."""
-        if scorer not in scorers.BASELINES:
-            return self._tables[scorer]
-        if scorer not in self._baselines:
-            self._baselines[scorer] = self._baseline(scorer)
-        return self._baselines[scorer]
+        """The pool's scores by any scorer.
 
-    def _baseline(self, scorer: str) -> Scores:
-        table = self.score()
+        Baselines are made from the columns of the first table, `right_and_wanted` from those of first_order's.
+        """
+        if scorer not in (*scorers.BASELINES, *scorers.MADE_FROM):
+            return self._tables[scorer]
+        if scorer not in self._made:
+            self._made[scorer] = self._baseline(scorer) if scorer in scorers.BASELINES else self._right_and_wanted()
+        return self._made[scorer]
+
+    def _right_and_wanted(self) -> Scores:
+        method = "right_and_wanted"
+        table = self._tables[scorers.MADE_FROM[method]]
+        utility_N = scorers.right_and_wanted(self._seen(table), table.utility)
+        return table.with_utility(utility_N, table.state, {"method": method, "signed": False})
+
+    def _seen(self, table: Scores) -> scorers.Seen:
         self._check_order(table.table)
-        seen = scorers.Seen(
+        return scorers.Seen(
             table.loss,
             table.supervised_tokens,
             table.domain,
@@ -510,7 +519,10 @@ class Workflow:
             self.recipe.select.seed,
             lambda row_R: self._prompts(row_R),
         )
-        utility_N = scorers.BASELINES[scorer](seen)
+
+    def _baseline(self, scorer: str) -> Scores:
+        table = self.score()
+        utility_N = scorers.BASELINES[scorer](self._seen(table))
         # what a rater could not rate has a loss all the same; where no model was asked there are no losses at all
         is_usable_N = table.is_ok if table.metadata["method"] == "lengths" else np.isfinite(table.loss)
         state_N = np.where(is_usable_N, "ok", np.where(table.is_ok, "nonfinite", table.state))
@@ -520,7 +532,8 @@ class Workflow:
         score, settings = self.recipe.score, self.recipe.select
         methods: Sequence[str] = (score.method,)
         if score.method == "auto":
-            methods = [m for m in settings.bakeoff_arms if m in scorers.BASELINES or m in self._tables]
+            at_hand = {*scorers.BASELINES, *self._tables}
+            methods = [m for m in settings.bakeoff_arms if scorers.MADE_FROM.get(m, m) in at_hand]
         fractions = settings.bakeoff_fractions if settings.keep_fraction == "auto" else (settings.keep_fraction,)
         if len(methods) == 1 and len(fractions) == 1:
             return bakeoff.Arm(methods[0], fractions[0], settings.within), None

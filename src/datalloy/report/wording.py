@@ -9,6 +9,7 @@ RANKED_BY = {
     "low_loss": "those with the lowest loss",
     "low_loss_by_length": "those with the lowest loss among answers of like length",
     "low_loss_by_neighbours": "those with the lowest loss among samples whose prompts are alike",
+    "right_and_wanted": "those likeliest to be right and wanted by the targets",
     "mid_loss": "those with a middling loss",
     "high_loss": "those with the highest loss",
     "entropy_minus_loss": "those whose answers are likelier than the proxy expected",

@@ -4,7 +4,8 @@ The family of scorers: `exact` (the definition), `tail` (exact on the last layer
 fitted to exact probes), `first_order` and `first_order_hooks` (gradient dot products, for comparison), `less` (cosines
 of gradients), `visual_gain` (what the pictures tell about the answers), `entropy_minus_loss` (answers likelier than
 expected), and the baselines. All give a `ScoreBlock` for a list of encoded samples; higher is better in all. Raters
-(`deita`, `judge`) read samples instead of measuring them and give `Ratings`.
+(`deita`, `judge`) read samples instead of measuring them and give `Ratings`. `right_and_wanted` is made from the
+utility of `first_order` and the losses.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from torch.nn import Parameter
 
 from datalloy.config import Score
 from datalloy.errors import AgreementError
-from datalloy.scorers.baselines import BASELINES, WITHOUT_MODEL, LossScorer, Seen
+from datalloy.scorers.baselines import BASELINES, MADE_FROM, WITHOUT_MODEL, LossScorer, Seen, right_and_wanted
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
 from datalloy.scorers.deita import DeitaRater
 from datalloy.scorers.entropy_minus_loss import EntropyMinusLossScorer
@@ -41,6 +42,7 @@ __all__ = [
     "BASELINES",
     "FAULTS",
     "GRID",
+    "MADE_FROM",
     "RATERS",
     "SCAN_PROBES",
     "WITHOUT_MODEL",
@@ -58,6 +60,7 @@ __all__ = [
     "agreement_with_exact",
     "prepare",
     "probe",
+    "right_and_wanted",
     "score_isolated",
 ]
 

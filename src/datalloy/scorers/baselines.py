@@ -51,14 +51,21 @@ def low_loss_by_length(seen: Seen) -> np.ndarray:
     Low loss alone drops long answers, right or wrong, and with them what is hard. Here every stratum
     (`strata.length_strata`) gives the same share. Equal losses share a place; a missing loss stays missing.
     """
-    place_N = np.full(len(seen.loss_N), np.nan)
-    known = np.flatnonzero(np.isfinite(seen.loss_N))
-    domain_N = np.unique(seen.domain_N[known], return_inverse=True)[1]
-    cell_N = domain_N * MAX_STRATA + length_strata(seen.tokens_N[known], domain_N)
-    for cell in np.unique(cell_N):
-        rows = known[cell_N == cell]
-        place_N[rows] = (rankdata(seen.loss_N[rows]) - 0.5) / len(rows)
-    return -place_N
+    cell_N = np.zeros(len(seen.loss_N), dtype=np.int64)
+    known_N = np.isfinite(seen.loss_N)
+    domain_N = np.unique(seen.domain_N[known_N], return_inverse=True)[1]
+    cell_N[known_N] = domain_N * MAX_STRATA + length_strata(seen.tokens_N[known_N], domain_N)
+    return -places(seen.loss_N, cell_N)
+
+
+def places(value_N: np.ndarray, cell_N: np.ndarray) -> np.ndarray:
+    """Place of each value in its cell, lowest first, [N] in (0, 1); equal ones share it, missing ones have none."""
+    place_N = np.full(len(value_N), np.nan)
+    known_N = np.isfinite(value_N)
+    for cell in np.unique(cell_N[known_N]):
+        rows = np.flatnonzero(known_N & (cell_N == cell))
+        place_N[rows] = (rankdata(value_N[rows]) - 0.5) / len(rows)
+    return place_N
 
 
 def low_loss_by_neighbours(seen: Seen) -> np.ndarray:
@@ -84,6 +91,15 @@ def low_loss_by_neighbours(seen: Seen) -> np.ndarray:
     return gain_N
 
 
+def right_and_wanted(seen: Seen, slope_N: np.ndarray) -> np.ndarray:
+    """Two numbers: is the answer right, and do the targets want it? Places in the domain, added, [N] in (0, 2).
+
+    Low loss by neighbours finds wrong answers and cannot tell what is of use; the gradient dot product, `slope_N`,
+    finds what the targets ask for and takes wrong answers with it (docs/evidence.md).
+    """
+    return places(low_loss_by_neighbours(seen), seen.domain_N) + places(slope_N, seen.domain_N)
+
+
 def high_loss(seen: Seen) -> np.ndarray:
     """What the proxy does not know comes first, noise included."""
     return seen.loss_N
@@ -99,6 +115,7 @@ def length(seen: Seen) -> np.ndarray:
     return seen.tokens_N.astype(float)
 
 
+MADE_FROM = {"right_and_wanted": "first_order"}  # of another scorer's utility; it says nothing of harm itself
 WITHOUT_MODEL = {"random", "length"}  # need no loss, so no pass of the proxy
 
 BASELINES: dict[str, Callable[[Seen], np.ndarray]] = {
