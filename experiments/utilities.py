@@ -1,7 +1,7 @@
 """Can one-step utility be told to keep what is hard? Worlds of selection.py in, variants of utility out.
 
     python experiments/utilities.py --worlds "wrong 30 %" "hard matters" "hard, no longer" --seeds 0 1 2
-    python experiments/utilities.py --groups-alone --worlds clean "wrong 10 %" --seeds 0 1 2
+    python experiments/utilities.py --groups 20 --worlds clean "wrong 10 %" --seeds 0 1 2
 
 At the default step the exact utility drops hard samples with the wrong ones. Remedies: held against the utilities of
 the twenty samples of the domain whose prompts are most alike (as low loss by neighbours is); a step of a sixteenth of
@@ -10,10 +10,12 @@ rank over checkpoints of a training on the whole pool; utility of groups (of 16 
 the mean over its 20 groups); what utility says beyond the loss (its rank less what a line through the ranks of the loss
 expects). By variant: the AUC of clean against faulty samples and of clean hard ones against faulty ones, what the
 better half and fifth of each domain hold, and the held-out accuracy of the base trained on them. `low loss by
-neighbours` stands beside them, and its ranks added to those of some. `--groups-alone` leaves out all remedies but
-groups. The proxy is the base, without warm-up. Resumable. Five minutes of one core a world and seed, two with that.
+neighbours` stands beside them, and its ranks added to those of some. `--groups` leaves out all remedies but so many
+groups of each sample; rows of other scores stay in the file. The proxy is the base, without warm-up. Resumable. Five
+minutes of one core a world and seed, two with that.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,10 +41,10 @@ from datalloy.vlm import VLM, Encoded
 FRACTIONS = (0.5, 0.2)
 SMALL = 1 / 16  # of Polyak's step
 CHECKPOINTS = (STEPS // 3, 2 * STEPS // 3)  # beside the base
-GROUPS_OF_EACH = 20
+GROUPS = 20  # of each sample
 SCANNED = 16
 # two numbers: is the answer right, as far as the proxy can tell, and is it wanted
-RIGHT, WANTED = "low loss by neighbours", ("utility, by neighbours", "groups", "small step")
+RIGHT, WANTED = "low loss by neighbours", ("utility, by neighbours", "small step")
 
 
 def exact_falls(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int, *, small: bool) -> list[np.ndarray]:
@@ -56,11 +58,11 @@ def exact_falls(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int
     return list(fall_NSV.swapaxes(0, 1))
 
 
-def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int) -> np.ndarray:
+def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int, groups: int) -> np.ndarray:
     """Mean utility of the random groups that a sample is in, [N]: one step on a group at its own Polyak step."""
     steppable = Steppable(scoped_parameters(vlm, "full", freeze_vision=False))
     before_V, sum_N = items.losses(vlm), np.zeros(len(pool))
-    for number in range(GROUPS_OF_EACH):
+    for number in range(groups):
         order = np.random.default_rng([seed, number]).permutation(len(pool))
         for rows in np.split(order, range(BATCH, len(pool), BATCH)):
             loss = vlm.losses(vlm.collate([pool[i] for i in rows])).mean()
@@ -71,11 +73,11 @@ def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed:
             square = sum(float((part**2).sum()) for part in gradient)
             with steppable.moved(gradient, -loss.item() / square):
                 sum_N[rows] += (before_V - items.losses(vlm)) @ items.item_weight_V
-    return sum_N / GROUPS_OF_EACH
+    return sum_N / groups
 
 
-def variants(world: World, *, groups_alone: bool) -> dict[str, list[float]]:
-    """Scores of every sample, [N], higher is better."""
+def variants(world: World, groups: int | None) -> dict[str, list[float]]:
+    """Scores of every sample, [N], higher is better; of so many groups alone where `groups` says so."""
     work, seed = world.workflow, world.seed
     pool = [work._encoded_pool[i] for i in range(len(work.pool))]
     items, base = work._scoring_inputs.items, work._base
@@ -86,8 +88,8 @@ def variants(world: World, *, groups_alone: bool) -> dict[str, list[float]]:
         return score_N - np.median(score_N[nearest_NK], axis=1)
 
     loss_N = answer_losses(base, pool, batch_size=32)
-    found = {RIGHT: by_neighbours(-loss_N), "groups": group_utilities(base, items, pool, seed)}
-    if groups_alone:
+    found = {RIGHT: by_neighbours(-loss_N), name_of(groups): group_utilities(base, items, pool, seed, groups or GROUPS)}
+    if groups is not None:
         return {name: score_N.tolist() for name, score_N in found.items()}
     fall_NV, small_NV = exact_falls(base, items, pool, seed, small=True)
     utility_N, small_N, benefit_N = fall_NV @ weight_V, small_NV @ weight_V, np.maximum(fall_NV, 0) @ weight_V
@@ -111,13 +113,18 @@ def variants(world: World, *, groups_alone: bool) -> dict[str, list[float]]:
     return {name: score_N.tolist() for name, score_N in found.items()}
 
 
-def measure(world: World, *, groups_alone: bool) -> Iterator[dict[str, Any]]:
+def name_of(groups: int | None) -> str:
+    return "groups" if groups in (None, GROUPS) else f"groups, {groups} of each sample"
+
+
+def measure(world: World, groups: int | None) -> Iterator[dict[str, Any]]:
     domain_N = np.array(world.workflow.pool.domains())
-    unit = "groups" if groups_alone else "variants"
-    scores = world.run.once(unit, partial(variants, world, groups_alone=groups_alone))
+    unit = "variants" if groups is None else name_of(groups).replace(", ", "-").replace(" ", "-")
+    scores = world.run.once(unit, partial(variants, world, groups))
     del scores["seconds"]  # which `once` adds
     ranks = {name: rankdata(score) for name, score in scores.items()}
-    both = {f"ranks of {RIGHT} and {other}": ranks[RIGHT] + ranks[other] for other in WANTED if other in ranks}
+    wanted = (other for other in (*WANTED, name_of(groups)) if other in ranks)
+    both = {f"ranks of {RIGHT} and {other}": ranks[RIGHT] + ranks[other] for other in wanted}
     for name, score in (scores | both).items():
         score_N = np.array(score)
         for fraction in FRACTIONS:
@@ -142,13 +149,17 @@ def _trained(world: World, kept: list[int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = worlds_parser(__doc__, "utilities", ("wrong 30 %", "hard matters", "hard, no longer"))
-    parser.add_argument("--groups-alone", action="store_true", help="no other remedy")
+    parser.add_argument("--groups", type=int, help="of each sample; no other remedy is tried")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
         with open_world(name, args.base, seed, args.runs / place, ("score.warmup_fraction=0",), "utilities") as world:
-            rows = list(measure(world, groups_alone=args.groups_alone))
-        write_json(args.out / f"{place}.json", {"rows": rows, **provenance()})
+            rows = list(measure(world, args.groups))
+        path = args.out / f"{place}.json"
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        made = {(row["score"], row["fraction"]) for row in rows}
+        kept = [row for row in before if (row["score"], row["fraction"]) not in made]
+        write_json(path, {"rows": [*kept, *rows], **provenance()})
         print(place, [(row["score"], row["fraction"], round(row["accuracy"], 3)) for row in rows], flush=True)
 
 

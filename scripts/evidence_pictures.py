@@ -21,7 +21,8 @@ from evidence_tables import interval, pooled_gain
 
 FOLDER = Path("docs/images")
 BASE = "blurred"
-INK, PALE, GREY, OURS, HARM, OTHER = "#1f5fbf", "#9db8dd", "#8b949e", "#17703f", "#b3261e", "#b26a00"
+INK, PALE, GREY = "#1f5fbf", "#9db8dd", "#8b949e"
+OURS, HARM, OTHER, MORE = "#17703f", "#b3261e", "#b26a00", "#7a3fb0"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # words stay words: they can be found and read aloud
     "svg.hashsalt": "datalloy",
@@ -117,6 +118,7 @@ def by_world() -> Figure:
 SHARES = (0.1, 0.2, 0.5, 0.65, 0.8)
 KEPT_BY = {
     "low_loss_by_neighbours": OURS,
+    "right_and_wanted": MORE,
     "entropy_minus_loss": INK,
     "low_loss": OTHER,
     "exact": HARM,

@@ -31,7 +31,7 @@ NAMES = {
     "less": "LESS-style cosine",
     "first_order": "gradient dot product",
     "first_order cold": "gradient dot product, no warm-up",
-    "right_and_wanted": "low loss by neighbours and gradient dot product, no warm-up",
+    "right_and_wanted": "right and wanted, no warm-up",
     "calibrated_by_neighbours": "OST, calibrated, by neighbours, no warm-up",
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
@@ -66,7 +66,8 @@ AUTO = ("auto", BY_LENGTH, WARMED_UP)
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "calibrated_by_neighbours", "tail"),
-    *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "entropy_minus_loss", "visual_gain"),
+    *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "right_and_wanted"),
+    *("entropy_minus_loss", "visual_gain"),
     *("mid_loss", "high_loss", "length"),
     *("first_order", "less", "deita", "judge", "random", *AUTO),
 )
