@@ -6,6 +6,7 @@ What a picture shows stands in a table of the page too; `scripts/evidence.py` wr
 import io
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evidence_mixtures import AS_DECIDED, FINAL_STEPS, curve_rows, joint_gain, joint_ways
-from evidence_selection import AUTO, COMPARED, NAMES, in_every_world, runs, worlds
+from evidence_selection import AUTO, COMPARED, NAMES, by_utility, in_every_world, runs, worlds
 from evidence_tables import interval, pooled_gain
 
 FOLDER = Path("docs/images")
@@ -60,31 +61,38 @@ def _span(axes: Axes, at: float, gain: tuple[float, float, float] | None, colour
 def arms() -> Figure:
     """Gains over full SFT in the mean over all pools, by what is kept, the best half on top."""
     scorers = [scorer for scorer in COMPARED if scorer not in AUTO[1:]]
-    gains = {
-        (scorer, fraction): pooled_gain(in_every_world(BASE, (scorer, fraction), ("full", None)))
+    pairs = {
+        (NAMES[scorer], fraction): in_every_world(BASE, (scorer, fraction), ("full", None))
         for scorer in scorers
         for fraction in (FIFTH, HALF)
         if (scorer, fraction) != ("auto", FIFTH)  # its share is its own
     }
-    at_half = {scorer: gain for scorer in scorers if (gain := gains[scorer, HALF])}
-    ranked = sorted(at_half, key=lambda scorer: at_half[scorer][0])
-    figure = Figure(figsize=(8.2, 5.4), layout="constrained")
+    for (name, score), fraction in product(OF_GROUPS.items(), (FIFTH, HALF)):
+        pools = by_utility(score, fraction)
+        pairs[name, fraction] = [(pools[world], runs(BASE, world, "full")) for world in pools]
+    gains = {arm: gain for arm, worlds_of in pairs.items() if (gain := pooled_gain(worlds_of))}
+    ranked = sorted((name for name, fraction in gains if fraction == HALF), key=lambda name: gains[name, HALF][0])
+    figure = Figure(figsize=(8.2, 5.8), layout="constrained")
     axes = figure.subplots()
     _zero(axes)
-    for at, scorer in enumerate(ranked):
-        _span(axes, at - 0.17, gains.get((scorer, FIFTH)), PALE)
-        _span(axes, at + 0.17, at_half[scorer], OURS if scorer == "auto" else INK)
-    pools = {scorer: sum(len(runs(BASE, world, scorer, HALF)) for world in worlds(BASE)) for scorer in ranked}
-    most = max(pools.values())
-    labels = [NAMES[scorer] + (f" ({pools[scorer]} pools)" if pools[scorer] < most else "") for scorer in ranked]
+    for at, name in enumerate(ranked):
+        _span(axes, at - 0.17, gains.get((name, FIFTH)), PALE)
+        _span(axes, at + 0.17, gains[name, HALF], OURS if name == NAMES["auto"] else INK)
+    counts = {name: sum(len(mine) for mine, _ in pairs[name, HALF]) for name in ranked}
+    most = max(counts.values())
+    labels = [name + (f" ({counts[name]} pools)" if counts[name] < most else "") for name in ranked]
     axes.set_yticks(range(len(ranked)), labels)
-    axes.set_xlabel(f"gain in accuracy over full SFT, mean of {most} pools of nine worlds, 95 % interval")
+    axes.set_xlabel(f"gain in accuracy over full SFT, mean of {most} pools, 95 % interval")
     for colour, word in ((OURS, "share chosen by short runs"), (INK, "a half of each domain"), (PALE, "a fifth")):
         axes.plot([], [], "o-", color=colour, label=word)
     axes.legend(loc="lower right")
     return figure
 
 
+OF_GROUPS = {  # scores of utilities.py that were run in all worlds
+    "OST, groups of sixteen": "groups",
+    "groups, low loss by neighbours": "ranks of low loss by neighbours and groups",
+}
 SHOWN = {  # arms by world, and their colours
     ("base", None): GREY,
     ("full", None): INK,

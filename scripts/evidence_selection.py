@@ -32,7 +32,7 @@ NAMES = {
     "first_order": "gradient dot product",
     "first_order cold": "gradient dot product, no warm-up",
     "right_and_wanted": "right and wanted, no warm-up",
-    "calibrated_by_neighbours": "OST, calibrated, by neighbours, no warm-up",
+    "calibrated_by_neighbours": "OST by neighbours, no warm-up",
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
     "calibrated diverse": "OST, calibrated, diverse",
@@ -286,7 +286,7 @@ def neighbours() -> str:
 def utilities() -> str:
     """Remedies for one-step utility: AUC, what the half holds, accuracy on the half and the fifth, means over pools."""
     found = rows_in("utilities")
-    names = list(dict.fromkeys(row["world"] for row in found if row["score"] == "groups"))
+    names = list(dict.fromkeys(row["world"] for row in found if row["score"] == "small step"))
     rows = []
     for score in dict.fromkeys(row["score"] for row in found):
         cells = []
@@ -304,18 +304,18 @@ def utilities() -> str:
     return table(["score", *(cell for head in heads for cell in head)], rows)
 
 
+def by_utility(score: str, fraction: float) -> dict[str, Pools]:
+    """By world, of the base trained on what a score of utilities.py keeps."""
+    same = [row for row in rows_in("utilities") if (row["score"], row["fraction"]) == (score, fraction)]
+    return {world: by_pool(row for row in same if row["world"] == world) for world in worlds("blurred")}
+
+
 def of_groups(base: str) -> str:
     """Utility of groups, and its ranks added to those of low loss by neighbours, minus full SFT by world and more."""
-    found = rows_in("utilities")
-    names = list(dict.fromkeys(row["score"] for row in found if row["world"] == "clean"))
-
-    def of(score: str, fraction: float) -> dict[str, Pools]:
-        same = [row for row in found if (row["score"], row["fraction"]) == (score, fraction)]
-        return {world: by_pool(row for row in same if row["world"] == world) for world in worlds(base)}
-
+    names = list(dict.fromkeys(row["score"] for row in rows_in("utilities") if row["world"] == "clean"))
     rows = []
     for score, fraction in product(names, (0.5, 0.2)):
-        mine, by_loss = of(score, fraction), of(names[0], fraction)
+        mine, by_loss = by_utility(score, fraction), by_utility(names[0], fraction)
         cells = [difference(pools, runs(base, world, "full")) for world, pools in mine.items()]
         for scorer in ("full", "random", "oracle"):
             cells.append(pooled((pools, runs(base, world, scorer, fraction)) for world, pools in mine.items()))
