@@ -26,6 +26,22 @@ PATIENCE = 60.0  # seconds until something that must happen is given up
 PAGE = Path(__file__).parent.parent / "src/datalloy"
 
 
+# samples are answered when the test says so; `answered` counts those that the page has had time to show
+SLOW_SAMPLES = """(() => {
+  const whole = window.fetch;
+  const wait = new Promise((resolve) => { window.answer = resolve; });
+  Object.assign(window, { asked: 0, answered: 0 });
+  window.fetch = async (address, ...rest) => {
+    if (!String(address).includes("sample/")) return whole(address, ...rest);
+    window.asked += 1;
+    await wait;
+    const answer = await whole(address, ...rest);
+    setTimeout(() => { window.answered += 1; }, 200);
+    return answer;
+  };
+})()"""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Chromium]:
     with Chromium(tmp_path_factory.mktemp("profile")) as started:
@@ -171,6 +187,21 @@ def test_a_sample_is_found_opened_dropped_and_taken_back_by_keys_alone(shown, fo
     assert decisions(folder) == {}
     shown.press("Escape", 27)
     assert shown.run("document.getElementById('detail').hidden")
+
+
+def test_a_sample_that_is_closed_while_it_is_read_again_stays_closed(shown):
+    shown.press("ArrowDown", 40)
+    shown.press("Enter", 13)
+    until(shown, "!document.getElementById('detail').hidden")
+    shown.run(SLOW_SAMPLES)
+    shown.press("d", 68)
+    until(shown, "window.asked === 1")
+    shown.press("Escape", 27)
+    shown.run("window.answer()")
+    until(shown, "window.answered === 1")
+    assert shown.run("document.getElementById('detail').hidden")
+    shown.press("u", 85)
+    until(shown, "document.querySelectorAll('tbody tr.overruled').length === 0")
 
 
 def test_pages_turn_and_headers_sort(shown):

@@ -261,8 +261,9 @@ async function turn(pages) {
 
 // --- one sample ---------------------------------------------------------------------------------------------------
 
-async function open(index) {
+async function open(index, { again = false } = {}) {
   const row = await get(`sample/${state.rows[index].row}`);
+  if (again && state.open !== row.row) return; // closed while it was read, or another one opened
   state.open = row.row;
   const turns = (row.turns || []).map((one) => element("div", { class: "turn" }, element("h3", {}, one.role),
     ...one.parts.map((part) => {
@@ -309,7 +310,7 @@ async function decide(rows, kept) {
   await showRows();
   if (line) mark(state.current);
   const position = state.rows.findIndex((row) => row.row === state.open);
-  if (position >= 0) await open(position);
+  if (position >= 0) await open(position, { again: true });
 }
 
 async function exportEdited() {
