@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from other_losses import best
 from provenance import provenance
-from selection import World, asked_pools, auc, open_world, worlds_parser
+from selection import World, asked_pools, open_world, worlds_parser
 
 from datalloy.embeddings import embed
 from datalloy.evaluation import answer_losses
@@ -72,10 +72,7 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
                     "of": of,
                     "neighbours": count,
                     "taken": taken,
-                    "auc": auc(score_N, world.is_clean_N),
-                    "auc hard": auc(score_N, world.is_clean_N, world.hard_N),
-                    "faulty": float(1 - world.is_clean_N[kept].mean()),
-                    "hard": float(world.hard_N[kept].mean()),
+                    **world.told_apart(score_N, kept),
                 }
                 if (of, count, taken) in TRAINED:
                     unit = f"neighbours/{of}-{count}-{taken.replace(' ', '-')}"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from other_losses import best
 from provenance import provenance
-from selection import STEPS, World, asked_pools, auc, open_world, worlds_parser
+from selection import STEPS, World, asked_pools, open_world, worlds_parser
 
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
@@ -72,10 +72,7 @@ def measure(world: World) -> Iterator[dict[str, Any]]:
                     "round": number,
                     "scorer": scorer,
                     "fraction": fraction,
-                    "auc": auc(score_N, world.is_clean_N),
-                    "auc hard": auc(score_N, world.is_clean_N, world.hard_N),
-                    "faulty": float((~world.is_clean_N[kept]).mean()),
-                    "hard": float(world.hard_N[kept].mean()),
+                    **world.told_apart(score_N, kept),
                     **world.held_out.measure(world.tuned_on(kept)),
                 }
 

@@ -206,6 +206,15 @@ class World:
     def is_clean_N(self) -> np.ndarray:
         return np.isin(self.fault_N, ("clean", "near_copy"))
 
+    def told_apart(self, score_N: np.ndarray, kept: Sequence[int]) -> dict[str, Any]:
+        """How well a score tells clean from faulty, hard clean ones apart, and the shares of both in what it keeps."""
+        return {
+            "auc": auc(score_N, self.is_clean_N),
+            "auc hard": auc(score_N, self.is_clean_N, self.hard_N),
+            "faulty": float(1 - self.is_clean_N[kept].mean()),
+            "hard": float(self.hard_N[kept].mean()),
+        }
+
     def kept(self, job: Job) -> list[int]:
         if job.scorer in ("full", "base"):
             return list(range(len(self.fault_N)))
@@ -360,8 +369,7 @@ def run_world(
     overrides, run = tuple(settings), "run"
     alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        passes = {**dict(zip(SCORERS, SCORERS, strict=True)), RELATIVE: "calibrated", "right_and_wanted": "first_order"}
-        own = [passes[scorer] for scorer in alone if scorer in passes]
+        own = ["calibrated" if scorer == RELATIVE else scorer for scorer in alone if scorer not in BASELINES]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:

@@ -26,7 +26,7 @@ from neighbours import in_domains
 from other_losses import best
 from provenance import provenance
 from scipy.stats import rankdata
-from selection import BATCH, STEPS, World, asked_pools, auc, open_world, worlds_parser
+from selection import BATCH, STEPS, World, asked_pools, open_world, worlds_parser
 
 from datalloy.embeddings import embed
 from datalloy.evaluation import answer_losses
@@ -135,10 +135,7 @@ def measure(world: World, groups: int | None) -> Iterator[dict[str, Any]]:
                 "seed": world.seed,
                 "score": name,
                 "fraction": fraction,
-                "auc": auc(score_N, world.is_clean_N),
-                "auc hard": auc(score_N, world.is_clean_N, world.hard_N),
-                "faulty": float(1 - world.is_clean_N[kept].mean()),
-                "hard": float(world.hard_N[kept].mean()),
+                **world.told_apart(score_N, kept),
                 **world.run.once(unit, partial(_trained, world, kept)),
             }
 

@@ -83,14 +83,16 @@ def main() -> None:
     args = parser.parse_args()
     for path in PAGES:
         page = path.read_text()
-        if args.check and filled(page) != page:
+        made = filled(page)
+        if args.check and made != page:
             sys.exit(f"{path} is not up to date: run `python scripts/evidence.py`")
-        path.write_text(filled(page))
+        path.write_text(made)
     for name in evidence_pictures.PICTURES:
         path = evidence_pictures.FOLDER / f"{name}.svg"
-        if args.check and not evidence_pictures.shows_the_same(path.read_text(), evidence_pictures.drawn(name)):
+        drawn = evidence_pictures.drawn(name)
+        if args.check and not evidence_pictures.shows_the_same(path.read_text(), drawn):
             sys.exit(f"{path} is not up to date: run `python scripts/evidence.py`")
-        path.write_text(evidence_pictures.drawn(name))
+        path.write_text(drawn)
 
 
 if __name__ == "__main__":
