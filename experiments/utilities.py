@@ -2,6 +2,7 @@
 
     python experiments/utilities.py --worlds "wrong 30 %" "hard matters" "hard, no longer" --seeds 0 1 2
     python experiments/utilities.py --groups 20 --worlds clean "wrong 10 %" --seeds 0 1 2
+    python experiments/utilities.py --cheaper
 
 At the default step the exact utility drops hard samples with the wrong ones. Remedies: held against the utilities of
 the twenty samples of the domain whose prompts are most alike (as low loss by neighbours is); a step of a sixteenth of
@@ -11,8 +12,11 @@ the mean over its 20 groups); what utility says beyond the loss (its rank less w
 expects). By variant: the AUC of clean against faulty samples and of clean hard ones against faulty ones, what the
 better half and fifth of each domain hold, and the held-out accuracy of the base trained on them. `low loss by
 neighbours` stands beside them, and its ranks added to those of some. `--groups` leaves out all remedies but so many
-groups of each sample; rows of other scores stay in the file. The proxy is the base, without warm-up. Resumable. Five
-minutes of one core a world and seed, two with that.
+groups of each sample; rows of other scores stay in the file. `--cheaper` tries what may stand for groups at a lower
+price: the gradient dot product with what the targets' gradient is after a step on sixteen samples (mean over 40 such
+steps, each at its size), and the utility of a single step at twice a sample's share of a group's step. The proxy is the
+base, without warm-up. Resumable. Five minutes of one core a world and seed, two with `--groups`, three with
+`--cheaper`.
 """
 
 import json
@@ -27,6 +31,8 @@ from other_losses import best
 from provenance import provenance
 from scipy.stats import rankdata
 from selection import BATCH, STEPS, World, asked_pools, open_world, worlds_parser
+from torch import Tensor
+from torch.nn import Parameter
 
 from datalloy.embeddings import embed
 from datalloy.evaluation import answer_losses
@@ -34,6 +40,7 @@ from datalloy.run import write_json
 from datalloy.scorers.one_step import ExactScorer
 from datalloy.scorers.probing import scan_steps
 from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
+from datalloy.scorers.taps import Taps
 from datalloy.similarity import NEIGHBOURS
 from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
@@ -42,6 +49,9 @@ FRACTIONS = (0.5, 0.2)
 SMALL = 1 / 16  # of Polyak's step
 CHECKPOINTS = (STEPS // 3, 2 * STEPS // 3)  # beside the base
 GROUPS = 20  # of each sample
+AHEAD = 2  # of each sample, where groups only say where training leads
+CHEAPER = ("dot product ahead", "step of a group's share")
+SHARES = 2  # of a group's step, in that of a single sample
 SCANNED = 16
 # two numbers: is the answer right, as far as the proxy can tell, and is it wanted
 RIGHT, WANTED = "low loss by neighbours", ("utility, by neighbours", "small step")
@@ -58,26 +68,48 @@ def exact_falls(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int
     return list(fall_NSV.swapaxes(0, 1))
 
 
-def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int, groups: int) -> np.ndarray:
-    """Mean utility of the random groups that a sample is in, [N]: one step on a group at its own Polyak step."""
-    steppable = Steppable(scoped_parameters(vlm, "full", freeze_vision=False))
-    before_V, sum_N = items.losses(vlm), np.zeros(len(pool))
+def group_steps(
+    vlm: VLM, pool: Sequence[Encoded], parameters: Sequence[Parameter], seed: int, groups: int
+) -> Iterator[tuple[np.ndarray, list[Tensor], float]]:
+    """Random groups that hold each sample so many times: their rows, mean gradient and Polyak step."""
     for number in range(groups):
         order = np.random.default_rng([seed, number]).permutation(len(pool))
         for rows in np.split(order, range(BATCH, len(pool), BATCH)):
             loss = vlm.losses(vlm.collate([pool[i] for i in rows])).mean()
-            parts = torch.autograd.grad(loss, steppable.parameters, allow_unused=True)
-            gradient = [
-                torch.zeros_like(p) if g is None else g for p, g in zip(steppable.parameters, parts, strict=True)
-            ]
-            square = sum(float((part**2).sum()) for part in gradient)
-            with steppable.moved(gradient, -loss.item() / square):
-                sum_N[rows] += (before_V - items.losses(vlm)) @ items.item_weight_V
+            parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
+            yield rows, gradient, loss.item() / sum(float((part**2).sum()) for part in gradient)
+
+
+def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int, groups: int) -> np.ndarray:
+    """Mean utility of the random groups that a sample is in, [N]: one step on a group at its own Polyak step."""
+    steppable = Steppable(scoped_parameters(vlm, "full", freeze_vision=False))
+    before_V, sum_N = items.losses(vlm), np.zeros(len(pool))
+    for rows, gradient, step in group_steps(vlm, pool, steppable.parameters, seed, groups):
+        with steppable.moved(gradient, -step):
+            sum_N[rows] += (before_V - items.losses(vlm)) @ items.item_weight_V
     return sum_N / groups
 
 
-def variants(world: World, groups: int | None) -> dict[str, list[float]]:
-    """Scores of every sample, [N], higher is better; of so many groups alone where `groups` says so."""
+def cheaper_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int) -> dict[str, np.ndarray]:
+    """What may stand for the utility of groups, [N] each."""
+    steppable, taps = Steppable(scoped_parameters(vlm, "full", freeze_vision=False)), Taps(vlm)
+    ahead, sizes = [torch.zeros_like(weight) for weight in taps.weights()], []
+    for _, gradient, step in group_steps(vlm, pool, steppable.parameters, seed, AHEAD):
+        with steppable.moved(gradient, -step), torch.enable_grad():
+            for total, part in zip(ahead, items.gradient(vlm, taps.weights()), strict=True):
+                total += step * part
+        sizes.append(step)
+    share = SHARES * float(np.median(sizes)) / BATCH
+    _, fall_NSV = ExactScorer(vlm, items, steppable, rule=StepRule("sgd"), step=share).falls(pool, (share,))
+    return {
+        CHEAPER[0]: taps.measure_all(pool, [ahead], batch_size=2 * BATCH).slope_NG[:, 0],
+        CHEAPER[1]: fall_NSV[:, 0] @ items.item_weight_V,
+    }
+
+
+def variants(world: World, groups: int | None, cheaper: bool) -> dict[str, list[float]]:
+    """Scores of every sample, [N], higher is better; of so many groups alone where `groups` says so, or `cheaper`."""
     work, seed = world.workflow, world.seed
     pool = [work._encoded_pool[i] for i in range(len(work.pool))]
     items, base = work._scoring_inputs.items, work._base
@@ -88,8 +120,12 @@ def variants(world: World, groups: int | None) -> dict[str, list[float]]:
         return score_N - np.median(score_N[nearest_NK], axis=1)
 
     loss_N = answer_losses(base, pool, batch_size=32)
-    found = {RIGHT: by_neighbours(-loss_N), name_of(groups): group_utilities(base, items, pool, seed, groups or GROUPS)}
-    if groups is not None:
+    found = {RIGHT: by_neighbours(-loss_N)}
+    if cheaper:
+        found |= cheaper_utilities(base, items, pool, seed)
+    else:
+        found[name_of(groups)] = group_utilities(base, items, pool, seed, groups or GROUPS)
+    if cheaper or groups is not None:
         return {name: score_N.tolist() for name, score_N in found.items()}
     fall_NV, small_NV = exact_falls(base, items, pool, seed, small=True)
     utility_N, small_N, benefit_N = fall_NV @ weight_V, small_NV @ weight_V, np.maximum(fall_NV, 0) @ weight_V
@@ -117,19 +153,23 @@ def name_of(groups: int | None) -> str:
     return "groups" if groups in (None, GROUPS) else f"groups, {groups} of each sample"
 
 
-def measure(world: World, groups: int | None) -> Iterator[dict[str, Any]]:
+def unit_of(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-").replace("'", "")
+
+
+def measure(world: World, groups: int | None, cheaper: bool) -> Iterator[dict[str, Any]]:
     domain_N = np.array(world.workflow.pool.domains())
-    unit = "variants" if groups is None else name_of(groups).replace(", ", "-").replace(" ", "-")
-    scores = world.run.once(unit, partial(variants, world, groups))
+    unit = "cheaper" if cheaper else "variants" if groups is None else unit_of(name_of(groups))
+    scores = world.run.once(unit, partial(variants, world, groups, cheaper))
     del scores["seconds"]  # which `once` adds
     ranks = {name: rankdata(score) for name, score in scores.items()}
-    wanted = (other for other in (*WANTED, name_of(groups)) if other in ranks)
+    wanted = (other for other in (*WANTED, *CHEAPER, name_of(groups)) if other in ranks)
     both = {f"ranks of {RIGHT} and {other}": ranks[RIGHT] + ranks[other] for other in wanted}
     for name, score in (scores | both).items():
         score_N = np.array(score)
         for fraction in FRACTIONS:
             kept = best(score_N, domain_N, fraction)
-            unit = f"trained/{name.replace(', ', '-').replace(' ', '-')}-{fraction:g}"
+            unit = f"trained/{unit_of(name)}-{fraction:g}"
             yield {
                 "world": world.name,
                 "seed": world.seed,
@@ -146,12 +186,14 @@ def _trained(world: World, kept: list[int]) -> dict[str, Any]:
 
 def main() -> None:
     parser = worlds_parser(__doc__, "utilities", ("wrong 30 %", "hard matters", "hard, no longer"))
-    parser.add_argument("--groups", type=int, help="of each sample; no other remedy is tried")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--groups", type=int, help="of each sample; no other remedy is tried")
+    alone.add_argument("--cheaper", action="store_true", help="what may stand for groups; no other remedy is tried")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
         with open_world(name, args.base, seed, args.runs / place, ("score.warmup_fraction=0",), "utilities") as world:
-            rows = list(measure(world, args.groups))
+            rows = list(measure(world, args.groups, args.cheaper))
         path = args.out / f"{place}.json"
         before = json.loads(path.read_text())["rows"] if path.exists() else []
         made = {(row["score"], row["fraction"]) for row in rows}
