@@ -12,9 +12,10 @@ the same random draws of inner mixtures, 20 of each size; `planned` chooses its 
 Where everything was trained twice from different seeds, one training is what predictors see and the other, which none
 of them has seen, is what they are judged by: so no predictor is rewarded for having seen the luck of a run. `seed noise
 known` is the calibrated merge told how far the two trainings differ. `one more training` predicts by the first training
-of every mixture, all of them: the most that could be bought. `--means-alone` needs no run folder: it computes what can
-be from the means over items and the experts' losses that the JSON files hold, which is all but the calibrated merge.
-Rows that --out holds of other designs, metrics and predictors stay.
+of every mixture, all of them: the most that could be bought. `line` goes through the experts' values, and `half way to
+the line` is the mean of that and of the merge: do merges promise too much between experts? `--means-alone` needs no
+run folder: it computes what can be from the means over items and the experts' losses that the JSON files hold, which is
+all but the calibrated merge. Rows that --out holds of other designs, metrics and predictors stay.
 """
 
 import argparse
@@ -107,7 +108,15 @@ class Case:
 def merge_curves(case: Case, seed: int) -> Iterator[dict[str, Any]]:
     """Rows of what predicts from merged models, of MixMin and of uniform weights; calibration needs values by item."""
     trained, vertices, inner, row = case.trained, case.vertices, case.inner, case.row
-    yield row("merged", 0, [case.judge(trained.merged_NG.mean(axis=1), vertices)])
+    merged_N = trained.merged_NG.mean(axis=1)
+    order = vertices[trained.weight_NK[vertices].argmax(axis=1).argsort()]
+    line_N = trained.weight_NK @ merged_N[order]
+    for name, predicted_N in (
+        ("merged", merged_N),
+        ("half way to the line", (merged_N + line_N) / 2),
+        ("line", line_N),
+    ):
+        yield row(name, 0, [case.judge(predicted_N, vertices)])
     distance_N = np.abs(trained.weight_NK - 1 / len(vertices)).sum(axis=1)
     yield row("uniform", 0, [(np.nan, case.judge(-distance_N, vertices)[1])])
     if case.seed_sd_G is not None:
