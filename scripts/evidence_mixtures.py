@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,20 @@ def curves(metric: str, world: str) -> str:
         cells.append(_curve_cell(same) if predictor == "one more training" else "")
         shown.append([predictor.replace("_", " "), *cells])
     return table(["predictor", *(f"{size} runs" for size in SIZES), "every mixture"], shown)
+
+
+def against_line(base: str) -> str:
+    """Regret of the pick by training, as a share of the spread: by a line through the experts, by merges, by a run."""
+    shown = []
+    for metric, world in product(("probability", "loss"), ("wrong_in_one_of_two", "two_of_three", "two_of_four")):
+        found = [row for row in curve_rows(metric, world) if (row["base"], row["adapter"]) == (base, "none")]
+        cells = []
+        for predictor, runs in (("line", 0), ("half way to the line", 0), ("merged", 0), ("calibrated, planned", 1)):
+            same = [row for row in found if (row["predictor"], row["runs"]) == (predictor, runs)]
+            regrets = [row["regret"] / row["spread"] for row in same]
+            cells.append(f"{np.mean(regrets):.2f} ({', '.join(f'{regret:.2f}' for regret in regrets)})")
+        shown.append([world.replace("_", " "), metric, *cells])
+    return table(["world", "metric", "line", "half way to the line", "merged", "calibrated, one planned run"], shown)
 
 
 def _curve_cell(rows: list[dict[str, Any]]) -> str:

@@ -42,6 +42,7 @@ NAMES = {
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
     "auto low_loss, low_loss_by_length, calibrated": "the bake-off with low loss by length",
+    "auto low_loss, low_loss_by_neighbours, right_and_wanted": "the bake-off with right and wanted",
     "auto, warmed up": "the same after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
@@ -62,7 +63,8 @@ KNOWN = {  # pools known when a score was found, where not the first three
     ("low_loss_by_neighbours", "clean"): 2,
 }
 BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, warmed up"  # races of arms before
-AUTO = ("auto", BY_LENGTH, WARMED_UP)
+WITH_WANTED = "auto low_loss, low_loss_by_neighbours, right_and_wanted"  # of arms that are no default
+AUTO = ("auto", WITH_WANTED, BY_LENGTH, WARMED_UP)
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated diverse", "calibrated_by_neighbours", "tail"),
@@ -373,6 +375,8 @@ def later_pools(base: str) -> str:
         for world, auto in raced.items():
             pools = {pool: right for pool, right in later_runs(base, world, scorer, fraction).items() if pool in auto}
             cells += [mean_of(pools), "" if scorer == "auto" else difference(auto, pools)]
+        if not any(cells):
+            continue
         rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
     heads = ((f"{world} ({len(auto)})", "auto minus it") for world, auto in raced.items())
     return table(["trained on", *(cell for head in heads for cell in head)], rows)
@@ -601,6 +605,17 @@ def raced() -> str:
         "clean samples only": ("oracle", None),
     }
     return _raced("auto", "auto", others)
+
+
+def raced_wanted() -> str:
+    """What the bake-off with right and wanted in the place of OST chooses, minus the default's choice and more."""
+    others = {
+        "auto": ("auto", None),
+        "full SFT": ("full", None),
+        "right and wanted 50 %": ("right_and_wanted", 0.5),
+        "clean samples only": ("oracle", None),
+    }
+    return _raced(WITH_WANTED, "with right and wanted", others)
 
 
 def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:
