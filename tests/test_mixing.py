@@ -195,6 +195,18 @@ def test_buckets_split_every_domain_by_score(recipe_path, tmp_path):
     assert max(loss[s.id] for s in best.samples) <= min(loss[s.id] for s in worst.samples)
 
 
+def test_buckets_are_cut_by_low_loss_by_neighbours_where_it_races(recipe_path, tmp_path):
+    arms = "select.bakeoff_arms=[entropy_minus_loss, low_loss, low_loss_by_neighbours]"
+
+    def buckets(method):
+        parts = a_mixing(recipe_path, tmp_path / method, "mixture.buckets=2", f"score.method={method}", arms).parts
+        return [{s.id for s in part.samples} for part in parts]
+
+    raced = buckets("auto")
+    assert raced == buckets("low_loss_by_neighbours")
+    assert raced != buckets("entropy_minus_loss")
+
+
 def test_whole_domains_are_mixed_without_scoring(recipe_path, tmp_path):
     whole = a_mixing(recipe_path, tmp_path / "run", "mixture.data=whole")
     assert [len(part.samples) for part in whole.parts] == [40, 30, 20]

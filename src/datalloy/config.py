@@ -309,7 +309,9 @@ class Mixture(Section):
         "selected", description="Train on the selected part of each domain, or on the whole of it."
     )
     buckets: Annotated[int, Field(ge=2, le=4)] | None = Field(
-        None, description="Split every domain by score into so many buckets and mix buckets instead of domains."
+        None,
+        description="Split every domain by score into so many buckets and mix buckets instead of domains. The score is "
+        "score.method's; of those that race, low loss by neighbours.",
     )
     expert_samples: Count | None = Field(
         None, description="Samples seen by each expert and each verified mixture; default: as the final training."

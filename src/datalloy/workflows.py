@@ -673,8 +673,13 @@ class Workflow:
         ]
 
     def _bucket_scores(self) -> Scores:
-        """By the recipe's scorer, or the first of those it lets race; low loss where only the loss was measured."""
+        """By the recipe's scorer; of those it lets race, by low loss by neighbours (docs/evidence.md), or the first.
+
+        By low loss where only the loss was measured.
+        """
         method = self.recipe.score.method
+        if method == "auto" and "low_loss_by_neighbours" in self.recipe.select.bakeoff_arms:
+            method = "low_loss_by_neighbours"
         if method != "auto":
             return self.scores_by(method)
         table = self.score()
