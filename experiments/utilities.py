@@ -14,9 +14,9 @@ better half and fifth of each domain hold, and the held-out accuracy of the base
 neighbours` stands beside them, and its ranks added to those of some. `--groups` leaves out all remedies but so many
 groups of each sample; rows of other scores stay in the file. `--cheaper` tries what may stand for groups at a lower
 price: the gradient dot product with what the targets' gradient is after a step on sixteen samples (mean over 40 such
-steps, each at its size), and the utility of a single step at twice a sample's share of a group's step. The proxy is the
-base, without warm-up. Resumable. Five minutes of one core a world and seed, two with `--groups`, three with
-`--cheaper`.
+steps, each at its size), and the utility of a single step at twice a sample's share of a group's step, as it is and
+calibrated. The proxy is the base, without warm-up. Resumable. Five minutes of one core a world and seed, two with
+`--groups`, three with `--cheaper`.
 """
 
 import json
@@ -37,6 +37,7 @@ from torch.nn import Parameter
 from datalloy.embeddings import embed
 from datalloy.evaluation import answer_losses
 from datalloy.run import write_json
+from datalloy.scorers import Probing, prepare
 from datalloy.scorers.one_step import ExactScorer
 from datalloy.scorers.probing import scan_steps
 from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
@@ -44,13 +45,14 @@ from datalloy.scorers.taps import Taps
 from datalloy.similarity import NEIGHBOURS
 from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
+from datalloy.workflows import Workflow
 
 FRACTIONS = (0.5, 0.2)
 SMALL = 1 / 16  # of Polyak's step
 CHECKPOINTS = (STEPS // 3, 2 * STEPS // 3)  # beside the base
 GROUPS = 20  # of each sample
 AHEAD = 2  # of each sample, where groups only say where training leads
-CHEAPER = ("dot product ahead", "step of a group's share")
+CHEAPER = ("dot product ahead", "step of a group's share", "step of a group's share, calibrated")
 SHARES = 2  # of a group's step, in that of a single sample
 SCANNED = 16
 # two numbers: is the answer right, as far as the proxy can tell, and is it wanted
@@ -91,8 +93,10 @@ def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed:
     return sum_N / groups
 
 
-def cheaper_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int) -> dict[str, np.ndarray]:
+def cheaper_utilities(work: Workflow, pool: Sequence[Encoded], seed: int) -> dict[str, np.ndarray]:
     """What may stand for the utility of groups, [N] each."""
+    inputs, probes = work._scoring_inputs, work._encoded_probes
+    vlm, items = inputs.vlm, inputs.items
     steppable, taps = Steppable(scoped_parameters(vlm, "full", freeze_vision=False)), Taps(vlm)
     ahead, sizes = [torch.zeros_like(weight) for weight in taps.weights()], []
     for _, gradient, step in group_steps(vlm, pool, steppable.parameters, seed, AHEAD):
@@ -101,11 +105,14 @@ def cheaper_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], see
                 total += step * part
         sizes.append(step)
     share = SHARES * float(np.median(sizes)) / BATCH
-    _, fall_NSV = ExactScorer(vlm, items, steppable, rule=StepRule("sgd"), step=share).falls(pool, (share,))
-    return {
-        CHEAPER[0]: taps.measure_all(pool, [ahead], batch_size=2 * BATCH).slope_NG[:, 0],
-        CHEAPER[1]: fall_NSV[:, 0] @ items.item_weight_V,
-    }
+    exact = ExactScorer(vlm, items, steppable, rule=StepRule("sgd"), step=share)
+    probing = Probing({}, {"exact": share}, {"exact": 0.0}, exact.score(probes), noise_floor=0.0)
+    utilities = (
+        taps.measure_all(pool, [ahead], batch_size=2 * BATCH).slope_NG[:, 0],
+        exact.score(pool).utility_N,
+        prepare("calibrated", inputs, probing, probes).score(pool).utility_N,
+    )
+    return dict(zip(CHEAPER, utilities, strict=True))
 
 
 def variants(world: World, groups: int | None, cheaper: bool) -> dict[str, list[float]]:
@@ -122,7 +129,7 @@ def variants(world: World, groups: int | None, cheaper: bool) -> dict[str, list[
     loss_N = answer_losses(base, pool, batch_size=32)
     found = {RIGHT: by_neighbours(-loss_N)}
     if cheaper:
-        found |= cheaper_utilities(base, items, pool, seed)
+        found |= cheaper_utilities(work, pool, seed)
     else:
         found[name_of(groups)] = group_utilities(base, items, pool, seed, groups or GROUPS)
     if cheaper or groups is not None:
