@@ -13,9 +13,9 @@ over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_ga
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
 `right and wanted` and `utility by neighbours` (calibrated utility, held against its neighbours') the pass of another
-scorer besides. `auto` is the bake-off of the default arms; its row says what it chose and what it cost. Scores are
-those of a proxy that was warmed up on 5 % of the pool, but where `--set` says otherwise: the default recipe does not
-warm up.
+scorer besides; `calibrated` alone is for other settings of it (`--set score.step=batch_share`). `auto` is the bake-off
+of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed up on 5 %
+of the pool, but where `--set` says otherwise: the default recipe does not warm up.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
@@ -98,6 +98,7 @@ OF_ONE_SCORER = {
     "utility by neighbours": RELATIVE,
     "right and wanted": "right_and_wanted",
     "dot product": "first_order",
+    "calibrated": "calibrated",
     "visual gain": "visual_gain",
     "entropy": "entropy_minus_loss",
 }

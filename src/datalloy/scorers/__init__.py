@@ -30,7 +30,7 @@ from datalloy.scorers.less import LessScorer
 from datalloy.scorers.one_step import ExactScorer, OneStepScorer, ScoreBlock
 from datalloy.scorers.probing import GRID, StepScan, noise_floor, scan_steps
 from datalloy.scorers.rating import Rater, Ratings
-from datalloy.scorers.step import Steppable, StepRule, root_second_moments, scoped_parameters
+from datalloy.scorers.step import SHARES, Steppable, StepRule, batch_share, root_second_moments, scoped_parameters
 from datalloy.scorers.tail import TailScorer
 from datalloy.scorers.taps import Taps
 from datalloy.scorers.visual_gain import VisualGainScorer
@@ -126,7 +126,6 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     Raises AgreementError when fewer than two probes have a finite utility: nothing could be compared.
     """
     settings, few = inputs.settings, probes[:SCAN_PROBES]
-    wanted = None if settings.step == "auto" else settings.step
     exact = _exact(inputs, 0.0)
     stepped: dict[str, OneStepScorer] = {"exact": exact}
     if "tail" in methods:
@@ -135,8 +134,9 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
     harm: dict[str, float] = {}
     for name, scorer in stepped.items():
         # a step given in the recipe is for the scorer that it names, exact being only its referee beside tail
-        given = wanted if name == "tail" or "tail" not in methods else None
-        scans[name] = scan_steps(scorer, few, wanted=given, seed=settings.seed)
+        is_named = name == "tail" or "tail" not in methods
+        given, why = _wanted_step(inputs, scorer, is_named=is_named)
+        scans[name] = scan_steps(scorer, few, wanted=given, seed=settings.seed, why=why)
         scorer.step = scans[name].chosen
         harm[name] = harm_below(scorer, inputs.targets)
     block = exact.score(probes)
@@ -157,6 +157,15 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
         exact=block,
         noise_floor=noise_floor(exact, relaid, finite[:NOISE_PROBES]),
     )
+
+
+def _wanted_step(inputs: ScoringInputs, scorer: OneStepScorer, *, is_named: bool) -> tuple[float | None, str]:
+    """The step that the recipe asks for, or None where it leaves it to the scan; and why."""
+    wanted, size = inputs.settings.step, inputs.train_batch_size
+    if wanted == "batch_share":
+        step = batch_share(inputs.vlm, inputs.pool_batch, scorer.parameters, scorer.rule, batch_size=size)
+        return step, f"{SHARES:g} shares of a sample in the step of a batch of {size}"
+    return (None if wanted == "auto" or not is_named else wanted), "given in the recipe"
 
 
 def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes: Sequence[Encoded]) -> Scorer:

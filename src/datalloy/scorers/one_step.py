@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch.nn import Parameter
 
 from datalloy.errors import ModelError
 from datalloy.scorers.step import Steppable, StepRule, inner, loss_and_gradient
@@ -72,6 +73,11 @@ class OneStepScorer(ABC):
     def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         """Losses of the samples, [N], and the fall of every target item after a step of each size, [N, steps, V]."""
 
+    @property
+    @abstractmethod
+    def parameters(self) -> Sequence[Parameter]:
+        """What a step moves."""
+
     @abstractmethod
     def polyak_steps(self, samples: Sequence[Encoded]) -> np.ndarray:
         """The step that, to first order, would bring each sample's own loss to zero: `l / <g, d>`, [N].
@@ -102,6 +108,10 @@ class ExactScorer(OneStepScorer):
     def __init__(self, vlm: VLM, items: TargetItems, steppable: Steppable, *, rule: StepRule, step: float) -> None:
         super().__init__(vlm, items, items.losses(vlm), rule=rule, step=step)
         self.steppable = steppable
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        return self.steppable.parameters
 
     def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         loss_N, fall_NSV = np.empty(len(samples)), np.empty((len(samples), len(steps), len(self.before_V)))

@@ -59,8 +59,15 @@ class StepScan:
         return asdict(self)
 
 
-def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: float | None, seed: int) -> StepScan:
-    """Try every step of the grid on the probes; choose `wanted` if given, else the step of default effect.
+def scan_steps(
+    scorer: OneStepScorer,
+    probes: Sequence[Encoded],
+    *,
+    wanted: float | None,
+    seed: int,
+    why: str = "given in the recipe",
+) -> StepScan:
+    """Try every step of the grid on the probes; choose `wanted` if given, and say why, else the step of default effect.
 
     The latter is interpolated between the rows on logarithmic scales, and never outside the grid.
 
@@ -95,7 +102,7 @@ def scan_steps(scorer: OneStepScorer, probes: Sequence[Encoded], *, wanted: floa
         if len(finite_N := utility_NS[np.isfinite(utility_NS[:, s]), s])
     )
     if wanted is not None:
-        return StepScan(rows, wanted, "given in the recipe")
+        return StepScan(rows, wanted, why)
     chosen = step_of_effect(rows, DEFAULT_EFFECT)
     return StepScan(
         rows, chosen, f"the median of {usable.sum()} probes changes the targets' loss by {DEFAULT_EFFECT:.0%}"

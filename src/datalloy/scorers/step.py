@@ -6,6 +6,7 @@ float32: in bfloat16 a real step moves 4 to 8 % of the weights and the ranking i
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 from datalloy.errors import ModelError
 from datalloy.vlm import VLM, Encoded
 
+SHARES = 2.0  # of a sample in its batch's step: the one number that was measured in all worlds (docs/evidence.md)
 CHECK_EVERY = 256  # simulated steps between two looks at the bits of the weights
 TINY = torch.finfo(torch.float32).tiny  # for a division by a norm that is zero: what has no gradient takes no step
 
@@ -103,6 +105,29 @@ class Steppable:
 def _bits(tensors: Sequence[Tensor]) -> list[int]:
     """For each tensor the sum of its bits taken as whole numbers: exact, in any order, and changed by any one bit."""
     return [int(tensor.detach().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors]
+
+
+def batch_share(
+    vlm: VLM, samples: Sequence[Encoded], parameters: Sequence[Parameter], rule: StepRule, *, batch_size: int
+) -> float:
+    """`SHARES / B` of a Polyak step on a batch of B: about what a sample moves the model as one of a training batch.
+
+    Median over the batches that `samples` are cut into. The Polyak step of a batch, `l / <g, d>`, is larger than that
+    of a sample, because gradients of different samples cancel in their mean. Raises ModelError where no batch has a
+    gradient.
+    """
+    found = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        loss = vlm.losses(vlm.collate(batch)).mean()
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
+        slope = inner(gradient, rule.direction(gradient))
+        if slope > 0 and math.isfinite(slope):
+            found.append(SHARES / len(batch) * loss.item() / slope)
+    if not found:
+        raise ModelError(f"no batch of the pool has a gradient under {vlm.name}, so its share of a step is unknown")
+    return statistics.median(found)
 
 
 def root_second_moments(

@@ -9,6 +9,7 @@ samples it does not (docs/results.md).
 from collections.abc import Sequence
 
 import numpy as np
+from torch.nn import Parameter
 
 from datalloy.encoding import length_batches
 from datalloy.scorers.one_step import OneStepScorer
@@ -36,6 +37,10 @@ class TailScorer(OneStepScorer):
         """`check` is any sample, on which the replay is compared with a step taken for real."""
         self.taps, self.replay, self.batch_size = taps, Replay(taps, items, check), batch_size
         super().__init__(vlm, items, self.replay.before_V, rule=rule, step=step)
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        return self.taps.weights()
 
     def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         loss_N, fall_NSV = np.empty(len(samples)), np.empty((len(samples), len(steps), len(self.before_V)))
