@@ -6,7 +6,7 @@ import torch
 
 from datalloy.errors import ModelError
 from datalloy.scorers.one_step import ExactScorer
-from datalloy.scorers.step import Steppable, StepRule, inner, root_second_moments
+from datalloy.scorers.step import Steppable, StepRule, batch_share, inner, root_second_moments
 from datalloy.target_items import TargetItems
 from quadratic import Point, Quadratic
 
@@ -61,6 +61,28 @@ def test_what_no_batch_has_a_gradient_for_takes_no_adamw_step():
     rule = StepRule("adamw", root_second_moments(toy, [Point((1.0, 0.0), 1.0)], [toy.weight], batch_size=1))
     (direction,) = rule.direction([torch.tensor([2.0, 3.0])])
     assert direction.tolist() == pytest.approx([2, 0])
+
+
+# losses 2 and 2, mean gradient -(1, 1); losses 8 and 8, gradient -(4, 0); one alone: loss 2, gradient -(2, 0)
+BATCHES = [Point((1.0, 0.0), 2.0), Point((0.0, 1.0), 2.0), *[Point((1.0, 0.0), 4.0)] * 2, Point((1.0, 0.0), 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "shares"), [("sgd", (2 / 2, 8 / 16, 2 * 2 / 4)), ("unit_norm", (2 / 2**0.5, 8 / 4, 2 * 2 / 2))]
+)
+def test_a_batch_share_is_the_median_of_twice_a_samples_share_in_polyak_steps_of_batches(rule, shares):
+    toy = Quadratic(0.0, 0.0)
+    step = batch_share(toy, BATCHES, [toy.weight], StepRule(rule), batch_size=2)
+    assert step == pytest.approx(np.median(shares))
+    assert batch_share(toy, BATCHES[2:4], [toy.weight], StepRule(rule), batch_size=2) == pytest.approx(shares[1])
+
+
+def test_batches_without_a_gradient_have_no_share_of_a_step():
+    toy, against_each_other = Quadratic(0.0), [Point((1.0,), 2.0), Point((1.0,), -2.0)]
+    with pytest.raises(ModelError, match="no batch of the pool has a gradient under"):
+        batch_share(toy, against_each_other, [toy.weight], StepRule("sgd"), batch_size=2)
+    one = [Point((1.0,), 2.0)] * 2
+    assert batch_share(toy, against_each_other + one, [toy.weight], StepRule("sgd"), batch_size=2) == 0.5
 
 
 def test_at_small_steps_utility_is_linear_and_then_quadratic_in_the_step():
