@@ -76,9 +76,10 @@ def _stages(
     if set(passes) - {"loss", *scorers.WITHOUT_PROBES}:
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
-        yield StageCost(
-            "probes", (min(recipe.score.probes, pool) + scanned) * used * forward, 8 * used * recipe.score.probes
-        )
+        flops = (min(recipe.score.probes, pool) + scanned) * used * forward
+        if recipe.score.step == "batch_share":
+            flops += scans * min(pool, scorers.POOL_BATCHES * batch) * step
+        yield StageCost("probes", flops, 8 * used * recipe.score.probes)
     for method in passes:
         flops = {
             "exact": pool * (step + used * forward),

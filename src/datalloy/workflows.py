@@ -357,7 +357,7 @@ class Workflow:
             vlm=self._proxy,
             items=TargetItems.lay_out(self._proxy, targets, weights),
             targets=targets,
-            pool_batch=self._encoded_pool.pick(self._random_order("second moments")[: 8 * batch]),
+            pool_batch=self._encoded_pool.pick(self._random_order("second moments")[: scorers.POOL_BATCHES * batch]),
             settings=self.recipe.score,
             freeze_vision=self.recipe.train.freeze_vision,
             train_batch_size=batch,

@@ -43,6 +43,7 @@ __all__ = [
     "FAULTS",
     "GRID",
     "MADE_FROM",
+    "POOL_BATCHES",
     "RATERS",
     "SCAN_PROBES",
     "WITHOUT_MODEL",
@@ -66,6 +67,7 @@ __all__ = [
 
 SCAN_PROBES = 16  # of the probes, for the step scan: each costs one pass of the targets a step size
 NOISE_PROBES = 6
+POOL_BATCHES = 8  # of the training size, for Adam's second moments and for a sample's share of a step
 RATERS = (
     "deita",
     "judge",
@@ -100,7 +102,7 @@ class ScoringInputs:
     vlm: VLM
     items: TargetItems
     targets: Mapping[str, Sequence[Encoded]]
-    pool_batch: Sequence[Encoded]  # samples of the pool for Adam's second moments
+    pool_batch: Sequence[Encoded]  # samples of the pool, `POOL_BATCHES` of the training size
     settings: Score
     freeze_vision: bool
     train_batch_size: int
