@@ -50,6 +50,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "raced_cold": evidence_selection.raced_cold,
     "raced": evidence_selection.raced,
     "raced_wanted": evidence_selection.raced_wanted,
+    "raced_at_share": evidence_selection.raced_at_share,
+    "of_batch_share": evidence_selection.of_batch_share,
     "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,
     "second_look": evidence_selection.second_look,

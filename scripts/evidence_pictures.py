@@ -91,7 +91,11 @@ def arms() -> Figure:
 
 OF_GROUPS = {  # scores of utilities.py that were run in all worlds
     "OST, groups of sixteen": "groups",
+    "OST, exact, share of a batch's step": "step of a group's share",
     "groups, low loss by neighbours": "ranks of low loss by neighbours and groups",
+    "calibrated at that share, low loss by neighbours": (
+        "ranks of low loss by neighbours and step of a group's share, calibrated"
+    ),
 }
 SHOWN = {  # arms by world, and their colours
     ("base", None): GREY,

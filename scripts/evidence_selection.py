@@ -35,6 +35,8 @@ NAMES = {
     "calibrated_by_neighbours": "OST by neighbours, no warm-up",
     "exact": "OST, exact",
     "calibrated": "OST, calibrated",
+    "calibrated cold": "OST, calibrated, no warm-up",
+    "calibrated batch_share": "OST, calibrated, share of a batch's step",
     "calibrated diverse": "OST, calibrated, diverse",
     "tail": "OST, tail",
     "random": "random",
@@ -43,15 +45,16 @@ NAMES = {
     "auto": "auto: the bake-off",
     "auto low_loss, low_loss_by_length, calibrated": "the bake-off with low loss by length",
     "auto low_loss, low_loss_by_neighbours, right_and_wanted": "the bake-off with right and wanted",
+    "auto batch_share": "the bake-off, OST by the share of a batch's step",
     "auto, warmed up": "the same after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
 WARMED = ("low_loss", "low_loss_by_length", "entropy_minus_loss", "visual_gain")  # need no gradients; run both ways
-BOTH_WAYS = (*WARMED, "first_order")
+BOTH_WAYS = (*WARMED, "first_order", "calibrated")
 FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
 COLD = (
     *("low_loss_by_length cold", "low_loss_by_neighbours", "calibrated_by_neighbours", "entropy_minus_loss cold"),
-    *("first_order cold", "right_and_wanted"),
+    *("first_order cold", "calibrated cold", "calibrated batch_share", "right_and_wanted"),
 )
 KNOWN = {  # pools known when a score was found, where not the first three
     ("entropy_minus_loss", "wrong 30 %"): 6,
@@ -64,10 +67,11 @@ KNOWN = {  # pools known when a score was found, where not the first three
 }
 BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, warmed up"  # races of arms before
 WITH_WANTED = "auto low_loss, low_loss_by_neighbours, right_and_wanted"  # of arms that are no default
-AUTO = ("auto", WITH_WANTED, BY_LENGTH, WARMED_UP)
+AT_SHARE = "auto batch_share"  # the default arms with score.step: batch_share
+AUTO = ("auto", AT_SHARE, WITH_WANTED, BY_LENGTH, WARMED_UP)
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
-    *("exact", "calibrated", "calibrated diverse", "calibrated_by_neighbours", "tail"),
+    *("exact", "calibrated", "calibrated batch_share", "calibrated diverse", "calibrated_by_neighbours", "tail"),
     *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "right_and_wanted"),
     *("entropy_minus_loss", "visual_gain"),
     *("mid_loss", "high_loss", "length"),
@@ -85,13 +89,15 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
 def with_cold(folder: str, base: str) -> list[Row]:
     """The rows of a folder, whose scores are of a proxy warmed up on 5 % of the pool, and those without warm-up.
 
-    `auto` is the bake-off of the default recipe, which has none. What raced after a warm-up were the arms before.
+    The latter also with the step of a batch's share. `auto` is the bake-off of the default recipe, which has no
+    warm-up. What raced after a warm-up were the arms before.
     """
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
     warm = [row | {"scorer": WARMED_UP} if row["scorer"] == BY_LENGTH else row for row in rows]
     named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in BOTH_WAYS else row for row in cold]
-    return [*warm, *(row for row in named if (row["world"], row["seed"]) in pools)]
+    shared = (row | {"scorer": f"{row['scorer']} batch_share"} for row in rows_in("batch_share", f"*-{base}-*.json"))
+    return [*warm, *(row for row in (*named, *shared) if (row["world"], row["seed"]) in pools)]
 
 
 @cache
@@ -495,15 +501,18 @@ def separation(base: str) -> str:
     names = ("exact", "calibrated", "tail", "first_order", "less", "visual_gain", "entropy_minus_loss", "low_loss")
     warm = [row for row in selection_rows(base) if row["scorer"] not in COLD]
     for world in worlds(base):
-        found = [r["agreements"] for r in warm if r["world"] == world and "agreements" in r]
-        cells = []
-        for name in names:
-            pairs = [(f[f"auc {name}"], f[f"auc {name}, hard"]) for f in found if f"auc {name}" in f]
-            known = pairs and not any(value is None for pair in pairs for value in pair)
-            cells.append("{:.2f} ({:.2f})".format(*np.mean(pairs, axis=0)) if known else "")
+        cells = [_auc([row for row in warm if row["world"] == world], name) for name in names]
         if any(cells):
             rows.append([world, *cells])
     return table(["world", *(NAMES[name] for name in names)], rows)
+
+
+def _auc(rows: list[Row], name: str) -> str:
+    """Mean over pools of the AUC of clean against faulty samples, and of hard clean ones; empty where not known."""
+    found = [row["agreements"] for row in rows if "agreements" in row]
+    pairs = [(f[f"auc {name}"], f[f"auc {name}, hard"]) for f in found if f"auc {name}" in f]
+    known = pairs and not any(value is None for pair in pairs for value in pair)
+    return "{:.2f} ({:.2f})".format(*np.mean(pairs, axis=0)) if known else ""
 
 
 def costs(base: str) -> str:
@@ -616,6 +625,34 @@ def raced_wanted() -> str:
         "clean samples only": ("oracle", None),
     }
     return _raced(WITH_WANTED, "with right and wanted", others)
+
+
+def raced_at_share() -> str:
+    """What the bake-off chooses with the step of a batch's share, minus its choice with the default's and more."""
+    others = {
+        "auto": ("auto", None),
+        "full SFT": ("full", None),
+        "a half by neighbours": ("low_loss_by_neighbours", 0.5),
+        "clean samples only": ("oracle", None),
+    }
+    return _raced(AT_SHARE, "step of a batch's share", others)
+
+
+def of_batch_share(base: str) -> str:
+    """OST's utilities with the step of a batch's share, alone, minus those with the default's step, by world."""
+    exact = ("utility", "step of a group's share")
+    rows = []
+    for fraction in (0.5, 0.2):
+        default, share = (by_utility(score, fraction) for score in exact)
+        cells = [difference(share[world], default[world]) for world in worlds(base)]
+        rows.append([f"exact {fraction:.0%}", *cells, pooled((share[world], default[world]) for world in worlds(base))])
+    for fraction in (0.8, 0.65, 0.5, 0.2):
+        both = in_every_world(base, ("calibrated batch_share", fraction), ("calibrated cold", fraction))
+        rows.append([f"calibrated {fraction:.0%}", *(difference(*pair) for pair in both), pooled(both)])
+    for name, scorer in (("the default's step", "calibrated cold"), ("a batch's share", "calibrated batch_share")):
+        cells = [_auc(by_arm(base).get((world, scorer), []), "calibrated") for world in worlds(base)]
+        rows.append([f"calibrated, {name}: AUC (hard)", *cells, ""])
+    return table([*headed("share of a batch's step, minus the default's", base), "all"], rows)
 
 
 def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:

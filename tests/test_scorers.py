@@ -199,7 +199,7 @@ def test_a_share_of_a_batch_is_a_step_of_its_own_for_each_scorer_and_tried_in_it
     found = probe(make_inputs(proxy, items, targets, pool, step="batch_share"), ["tail"], pool[:2])
     assert found.steps["exact"] < found.steps["tail"]  # fewer weights, a smaller gradient, a longer Polyak step
     for name, scan in found.scans.items():
-        assert scan["reason"] == "2 shares of a sample in the step of a batch of 4"
+        assert scan["reason"] == "it is 2 times a sample's part in the step of a batch of 4"
         assert found.steps[name] in [row["step"] for row in scan["rows"]]
 
 

@@ -166,7 +166,7 @@ def _wanted_step(inputs: ScoringInputs, scorer: OneStepScorer, *, is_named: bool
     wanted, size = inputs.settings.step, inputs.train_batch_size
     if wanted == "batch_share":
         step = batch_share(inputs.vlm, inputs.pool_batch, scorer.parameters, scorer.rule, batch_size=size)
-        return step, f"{SHARES:g} shares of a sample in the step of a batch of {size}"
+        return step, f"it is {SHARES:g} times a sample's part in the step of a batch of {size}"
     return (None if wanted == "auto" or not is_named else wanted), "given in the recipe"
 
 
