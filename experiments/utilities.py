@@ -40,7 +40,7 @@ from datalloy.run import write_json
 from datalloy.scorers import Probing, prepare
 from datalloy.scorers.one_step import ExactScorer
 from datalloy.scorers.probing import scan_steps
-from datalloy.scorers.step import Steppable, StepRule, scoped_parameters
+from datalloy.scorers.step import Steppable, StepRule, inner, loss_and_gradient, scoped_parameters
 from datalloy.scorers.taps import Taps
 from datalloy.similarity import NEIGHBOURS
 from datalloy.target_items import TargetItems
@@ -77,10 +77,8 @@ def group_steps(
     for number in range(groups):
         order = np.random.default_rng([seed, number]).permutation(len(pool))
         for rows in np.split(order, range(BATCH, len(pool), BATCH)):
-            loss = vlm.losses(vlm.collate([pool[i] for i in rows])).mean()
-            parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
-            yield rows, gradient, loss.item() / sum(float((part**2).sum()) for part in gradient)
+            loss, gradient = loss_and_gradient(vlm, [pool[i] for i in rows], parameters)
+            yield rows, gradient, loss / inner(gradient, gradient)
 
 
 def group_utilities(vlm: VLM, items: TargetItems, pool: Sequence[Encoded], seed: int, groups: int) -> np.ndarray:

@@ -116,7 +116,7 @@ class ExactScorer(OneStepScorer):
     def falls(self, samples: Sequence[Encoded], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         loss_N, fall_NSV = np.empty(len(samples)), np.empty((len(samples), len(steps), len(self.before_V)))
         for n, sample in enumerate(samples):
-            loss_N[n], gradient = loss_and_gradient(self.vlm, sample, self.steppable.parameters)
+            loss_N[n], gradient = loss_and_gradient(self.vlm, [sample], self.steppable.parameters)
             direction = self.rule.direction(gradient)
             for s, step in enumerate(steps):
                 with self.steppable.moved(direction, -step):
@@ -127,7 +127,7 @@ class ExactScorer(OneStepScorer):
         return np.array([self._polyak_step(sample) for sample in samples])
 
     def _polyak_step(self, sample: Encoded) -> float:
-        loss, gradient = loss_and_gradient(self.vlm, sample, self.steppable.parameters)
+        loss, gradient = loss_and_gradient(self.vlm, [sample], self.steppable.parameters)
         slope = inner(gradient, self.rule.direction(gradient))
         return loss / slope if slope else math.inf
 

@@ -78,7 +78,7 @@ class Replay:
 
     def _check(self, sample: Encoded) -> None:
         steppable, sgd = Steppable(self.taps.weights()), StepRule("sgd")
-        loss, gradient = loss_and_gradient(self.taps.vlm, sample, steppable.parameters)
+        loss, gradient = loss_and_gradient(self.taps.vlm, [sample], steppable.parameters)
         square = inner(gradient, gradient)
         step = loss / square if square and math.isfinite(loss) else 0.0
         with steppable.moved(gradient, -step):

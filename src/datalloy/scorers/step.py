@@ -54,9 +54,11 @@ def scoped_parameters(vlm: VLM, scope: str, *, freeze_vision: bool) -> list[Para
     return [p for p in vlm.model.parameters() if id(p) not in frozen]
 
 
-def loss_and_gradient(vlm: VLM, sample: Encoded, parameters: Sequence[Parameter]) -> tuple[float, list[Tensor]]:
-    """Loss of one sample (nats per token) and its gradient."""
-    loss = vlm.losses(vlm.collate([sample]))[0]
+def loss_and_gradient(
+    vlm: VLM, samples: Sequence[Encoded], parameters: Sequence[Parameter]
+) -> tuple[float, list[Tensor]]:
+    """Mean loss of some samples, read as one batch (nats per token), and its gradient."""
+    loss = vlm.losses(vlm.collate(samples)).mean()
     parts = torch.autograd.grad(loss, parameters, allow_unused=True)
     return loss.item(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
 
@@ -119,12 +121,10 @@ def batch_share(
     found = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        loss = vlm.losses(vlm.collate(batch)).mean()
-        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
+        loss, gradient = loss_and_gradient(vlm, batch, parameters)
         slope = inner(gradient, rule.direction(gradient))
         if slope > 0 and math.isfinite(slope):
-            found.append(SHARES / len(batch) * loss.item() / slope)
+            found.append(SHARES / len(batch) * loss / slope)
     if not found:
         raise ModelError(f"no batch of the pool has a gradient under {vlm.name}, so its share of a step is unknown")
     return statistics.median(found)
