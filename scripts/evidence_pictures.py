@@ -93,7 +93,7 @@ OF_GROUPS = {  # scores of utilities.py that were run in all worlds
     "OST, groups of sixteen": "groups",
     "OST, exact, share of a batch's step": "step of a group's share",
     "groups, low loss by neighbours": "ranks of low loss by neighbours and groups",
-    "calibrated at that share, low loss by neighbours": (
+    "OST at a batch's share, low loss by neighbours": (
         "ranks of low loss by neighbours and step of a group's share, calibrated"
     ),
 }
