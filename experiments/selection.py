@@ -306,9 +306,14 @@ class World:
         return {**row, **spent, "scorer": "auto" if scorers == AUTO.bakeoff_arms else f"auto {', '.join(scorers)}"}
 
     def agreements(self, scorers: Sequence[str]) -> dict[str, float | None]:
-        """The AUC of scores for clean against faulty, over the whole pool and for hard clean samples."""
+        """The AUC of scores for clean against faulty, over the whole pool and for hard clean samples.
+
+        Beside it the Spearman with exact utilities on the probes, where it is known.
+        """
         found = {}
         for name in scorers:
+            if agreement := self.scores(name).metadata.get("agreement_with_exact"):
+                found[f"exact {name}"] = agreement["spearman"]
             found[f"auc {name}"] = auc(self.scores(name).utility, self.is_clean_N)
             found[f"auc {name}, hard"] = auc(self.scores(name).utility, self.is_clean_N, self.hard_N)
         return found

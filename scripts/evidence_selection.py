@@ -69,6 +69,7 @@ BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, w
 WITH_WANTED = "auto low_loss, low_loss_by_neighbours, right_and_wanted"  # of arms that are no default
 AT_SHARE = "auto batch_share"  # the default arms with score.step: batch_share
 AUTO = ("auto", AT_SHARE, WITH_WANTED, BY_LENGTH, WARMED_UP)
+REFUSED = Score().min_agreement  # below it a calibrated score is
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("exact", "calibrated", "calibrated batch_share", "calibrated diverse", "calibrated_by_neighbours", "tail"),
@@ -650,8 +651,12 @@ def of_batch_share(base: str) -> str:
         both = in_every_world(base, ("calibrated batch_share", fraction), ("calibrated cold", fraction))
         rows.append([f"calibrated {fraction:.0%}", *(difference(*pair) for pair in both), pooled(both)])
     for name, scorer in (("the default's step", "calibrated cold"), ("a batch's share", "calibrated batch_share")):
-        cells = [_auc(by_arm(base).get((world, scorer), []), "calibrated") for world in worlds(base)]
-        rows.append([f"calibrated, {name}: AUC (hard)", *cells, ""])
+        found = {world: by_arm(base).get((world, scorer), []) for world in worlds(base)}
+        rows.append([f"calibrated, {name}: AUC (hard)", *(_auc(found[w], "calibrated") for w in found), ""])
+        agreed = {w: [r["agreements"]["exact calibrated"] for r in found[w] if "agreements" in r] for w in found}
+        known = [agreement for pools in agreed.values() for agreement in pools]
+        low = f"{np.mean(known):.2f}, below {REFUSED} on {sum(a < REFUSED for a in known)} of {len(known)}"
+        rows.append([f"calibrated, {name}: agreement with exact", *(f"{np.mean(a):.2f}" for a in agreed.values()), low])
     return table([*headed("share of a batch's step, minus the default's", base), "all"], rows)
 
 
