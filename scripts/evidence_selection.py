@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from datalloy.config import Score
 from evidence_tables import Pools, by_pool, difference, interval, pooled, table
 
 RESULTS = Path("experiments/results")
