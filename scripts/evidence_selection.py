@@ -322,16 +322,17 @@ def by_utility(score: str, fraction: float) -> dict[str, Pools]:
 
 def of_groups(base: str) -> str:
     """Utility of groups, and its ranks added to those of low loss by neighbours, minus full SFT by world and more."""
-    names = list(dict.fromkeys(row["score"] for row in rows_in("utilities") if row["world"] == "clean"))
+    first = "low loss by neighbours"
+    names = dict.fromkeys([first, *(row["score"] for row in rows_in("utilities") if row["world"] == "clean")])
     rows = []
     for score, fraction in product(names, (0.5, 0.2)):
-        mine, by_loss = by_utility(score, fraction), by_utility(names[0], fraction)
+        mine, by_loss = by_utility(score, fraction), by_utility(first, fraction)
         cells = [difference(pools, runs(base, world, "full")) for world, pools in mine.items()]
         for scorer in ("full", "random", "oracle"):
             cells.append(pooled((pools, runs(base, world, scorer, fraction)) for world, pools in mine.items()))
-        cells.append("" if score == names[0] else pooled((pools, by_loss[world]) for world, pools in mine.items()))
+        cells.append("" if score == first else pooled((pools, by_loss[world]) for world, pools in mine.items()))
         rows.append([f"{score} {fraction:.0%}", *cells])
-    over = ("full SFT", "random", "clean samples only", names[0])
+    over = ("full SFT", "random", "clean samples only", first)
     return table([*headed("over full SFT", base), *(f"all over {name}" for name in over)], rows)
 
 
