@@ -1,12 +1,12 @@
 """Probes in, a step size and what is known about it out.
 
-The step size is the method's most important silent parameter. A step that matters is one after which the targets'
-loss has visibly changed: the default is the step at which the median probe changes it by `DEFAULT_EFFECT` times that
-loss. That is one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple of the
-Polyak step (which grows without bound as the proxy learns). Very small steps rank by the gradient dot product, which
-trains badly; of a sample's part in a batch's step see `step.batch_share`. At the default, where a typical step on one sample more than doubles the targets' loss, nearly every
-single sample has a utility below zero, so harm is judged against clean samples (`OneStepScorer.clean_utilities`), not
-against zero. Evidence: docs/results.md, docs/decisions.md.
+The step size is the method's most important silent parameter. A step that matters is one after which the targets' loss
+has visibly changed: the default is the step at which the median probe changes it by `DEFAULT_EFFECT` times that loss.
+That is one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple of the Polyak step
+(which grows without bound as the proxy learns). Very small steps rank by the gradient dot product, which trains badly;
+for a sample's part in a batch's step see `step.batch_share`. At the default, where a typical step on one sample more
+than doubles the targets' loss, nearly every single sample has a utility below zero, so harm is judged against clean
+samples (`OneStepScorer.clean_utilities`), not against zero. Evidence: docs/results.md, docs/decisions.md.
 
 The scan tries multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order,
 median over probes). For every step it reports the share of negative utilities, how far the ranking agrees between
