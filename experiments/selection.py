@@ -4,6 +4,8 @@
     python experiments/selection.py --seeds 0 --worlds clean --phases main more "by length" auto
     python experiments/selection.py --base shipped --worlds clean       (the base that has nothing left to learn)
     python experiments/selection.py --set score.warmup_fraction=0 --runs runs/cold --out experiments/results/cold
+    python experiments/selection.py --set score.warmup_fraction=0 score.step=auto --phases calibrated auto \
+        --runs runs/batch_share --out experiments/results/batch_share             (the default recipe's scores and race)
 
 In every world the pool is scored by every method; the base (bases.py) is trained on what each keeps of each domain, at
 equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
@@ -13,9 +15,10 @@ over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_ga
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
 `right and wanted` and `utility by neighbours` (calibrated utility, held against its neighbours') the pass of another
-scorer besides; `calibrated` alone is for other settings of it (`--set score.step=batch_share`). `auto` is the bake-off
+scorer besides; `calibrated` and `tail` alone are for other settings of them. `auto` is the bake-off
 of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed up on 5 %
-of the pool, but where `--set` says otherwise: the default recipe does not warm up.
+of the pool, at steps of a visible effect, but where `--set` says otherwise: the default recipe does not warm up, and
+takes the step of a batch's share.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
@@ -99,6 +102,7 @@ OF_ONE_SCORER = {
     "right and wanted": "right_and_wanted",
     "dot product": "first_order",
     "calibrated": "calibrated",
+    "tail": "tail",
     "visual gain": "visual_gain",
     "entropy": "entropy_minus_loss",
 }
@@ -117,7 +121,9 @@ targets:
 evaluation:
   chart-holdout: {{path: data/chart.holdout.jsonl}}
   counting-holdout: {{path: data/counting.holdout.jsonl}}
-score: {{method: auto, warmup_fraction: 0.05, target_items: 32, probes: 96, min_agreement: 0.001, seed: {seed}}}
+score:
+  {{method: auto, step: visible_effect, warmup_fraction: 0.05, target_items: 32, probes: 96, min_agreement: 0.001,
+    seed: {seed}}}
 select:
   drop_toxic: false
   bakeoff_arms: [exact, calibrated, tail, first_order, less, visual_gain, entropy_minus_loss]

@@ -77,7 +77,7 @@ def fault(load, tmp_path):
         ('score: {probes: "3"}', 'score.probes is "3", must be a whole number of at least 1'),
         ("score: {probes: true}", "score.probes is true, must be a whole number of at least 1"),
         ("score: {seed: -1}", "score.seed is -1, must be a whole number in [0, 4294967296)"),
-        ("score: {step: .nan}", "score.step is NaN, must be one of auto, batch_share or a number above 0"),
+        ("score: {step: .nan}", "score.step is NaN, must be one of auto, visible_effect or a number above 0"),
         ("score: {warmup_fraction: .inf}", "score.warmup_fraction is Infinity, must be a number in [0, 1]"),
         ("train: {weight_decay: .nan}", "train.weight_decay is NaN, must be a number of at least 0"),
         ("train: {report_to: [7]}", "train.report_to.0 is 7, must be text"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datalloy.errors import ModelError
-from datalloy.scorers.probing import DEFAULT_EFFECT, GRID, StepRow, noise_floor, scan_steps, step_of_effect
+from datalloy.scorers.probing import GRID, VISIBLE_EFFECT, StepRow, noise_floor, scan_steps, step_of_effect
 from quadratic import Point, Quadratic
 
 TARGET = [Point((1.0,), 1.0), Point((1.0,), 1.5), Point((1.0,), 0.5), Point((1.0,), 2.0)]
@@ -41,7 +41,7 @@ def test_the_scan_tries_multiples_of_the_median_polyak_step(scorer):
     found = scan(scorer, probes)
     assert [row.multiple for row in found.rows] == list(GRID)
     assert [row.step for row in found.rows] == pytest.approx([multiple * 0.5 for multiple in GRID])
-    assert found.chosen == step_of_effect(found.rows, DEFAULT_EFFECT)
+    assert found.chosen == step_of_effect(found.rows, VISIBLE_EFFECT)
     assert found.reason == "the median of 3 probes changes the targets' loss by 200%"
 
 
@@ -89,7 +89,7 @@ def test_one_item_has_no_halves_that_could_agree():
 
 def test_one_probe_is_enough_for_a_step(scorer):
     found = scan(scorer, [Point((1.0,), 1.0)])
-    assert found.chosen == step_of_effect(found.rows, DEFAULT_EFFECT)
+    assert found.chosen == step_of_effect(found.rows, VISIBLE_EFFECT)
     assert {row.smallest_step_agreement for row in found.rows} == {0}
 
 

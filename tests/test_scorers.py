@@ -195,8 +195,8 @@ def test_a_step_in_the_recipe_is_for_the_scorer_that_takes_it(methods, scanned, 
     assert [name for name, step in found.steps.items() if step == 0.125] == [scanned]
 
 
-def test_a_share_of_a_batch_is_a_step_of_its_own_for_each_scorer_and_tried_in_its_scan(proxy, items, targets, pool):
-    found = probe(make_inputs(proxy, items, targets, pool, step="batch_share"), ["tail"], pool[:2])
+def test_the_default_step_is_each_scorers_own_share_of_a_batch_and_tried_in_its_scan(proxy, items, targets, pool):
+    found = probe(make_inputs(proxy, items, targets, pool), ["tail"], pool[:2])
     assert found.steps["exact"] < found.steps["tail"]  # fewer weights, a smaller gradient, a longer Polyak step
     for name, scan in found.scans.items():
         assert scan["reason"] == "it is 2 times a sample's part in the step of a batch of 4"

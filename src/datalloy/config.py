@@ -154,11 +154,11 @@ class Score(Section):
     """How every sample of the pool gets its utility (DESIGN 2.1)."""
 
     method: Literal["auto"] | ScorerName = Field("auto", description="auto: the bake-off decides between scorers.")
-    step: Literal["auto", "batch_share"] | Positive = Field(
+    step: Literal["auto", "visible_effect"] | Positive = Field(
         "auto",
-        description="Step size of the simulated step. auto: by a scan on probes, so large that one step changes the "
-        "targets' loss by twice its value, which finds harm best. batch_share: about what a sample moves the model as "
-        "one of a training batch; what is kept by it alone trains better, and it finds less harm.",
+        description="Step size of the simulated step. auto: about what a sample moves the model as one of a training "
+        "batch, measured on batches of the pool. visible_effect: so large that one step changes the targets' loss by "
+        "twice its value, by a scan on probes; it tells wrong answers from easy ones best, and drops what is hard.",
     )
     step_rule: Literal["sgd", "unit_norm", "adamw"] = Field(
         "sgd", description="sgd: -step*g. unit_norm: -step*g/|g|. adamw: -step*g/sqrt(v), v measured once on the pool."

@@ -77,7 +77,7 @@ def _stages(
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         flops = (min(recipe.score.probes, pool) + scanned) * used * forward
-        if recipe.score.step == "batch_share":
+        if recipe.score.step == "auto":
             flops += scans * min(pool, scorers.POOL_BATCHES * batch) * step
         yield StageCost("probes", flops, 8 * used * recipe.score.probes)
     for method in passes:

@@ -164,10 +164,12 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
 def _wanted_step(inputs: ScoringInputs, scorer: OneStepScorer, *, is_named: bool) -> tuple[float | None, str]:
     """The step that the recipe asks for, or None where it leaves it to the scan; and why."""
     wanted, size = inputs.settings.step, inputs.train_batch_size
-    if wanted == "batch_share":
+    if wanted == "visible_effect":
+        return None, ""
+    if wanted == "auto" or not is_named:
         step = batch_share(inputs.vlm, inputs.pool_batch, scorer.parameters, scorer.rule, batch_size=size)
         return step, f"it is {SHARES:g} times a sample's part in the step of a batch of {size}"
-    return (None if wanted == "auto" or not is_named else wanted), "given in the recipe"
+    return wanted, "given in the recipe"
 
 
 def prepare(method: str, inputs: ScoringInputs, probing: Probing | None, probes: Sequence[Encoded]) -> Scorer:

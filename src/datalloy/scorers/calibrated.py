@@ -3,8 +3,11 @@
 One forward and backward pass a sample gives its loss, its slope along every target's gradient, the norm of its
 gradient, plain and weighted by the targets' Fisher diagonal (the second-order term of a step), and its length. Where
 asked for, also what no expansion around a point tells: the falls of a few target items' losses after a real step on the
-decoder's linear layers (`Replay`); which items hardly matters, so they are the first of each target. A ridge
-regression on these features and their products is fitted to the exact utilities of the probes.
+decoder's linear layers (`Replay`); which items hardly matters, so they are the first of each target. Trees with random
+splits are fitted to signed roots of the probes' exact utilities, one forest a target, and their mean is squared back.
+Trees, because utility turns with the features in ways that no product of two tells, and because a mean of probes never
+lies outside them; roots, because a few probes are many times worse than all others. Price: a sample whose feature lies
+within rounding of a split may fall on either side of it, which moves it by its share of one tree of `TREES`.
 
 It always says how well it agrees with exact on probes that it was not fitted to, and refuses below a threshold.
 Agreement of ranks alone does not promise a good subset (DESIGN 2.3): the bake-off decides.
@@ -14,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import RidgeCV
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from datalloy.encoding import length_batches
 from datalloy.errors import AgreementError
@@ -30,6 +32,8 @@ from datalloy.uncertainty import Interval, rank_agreement, rank_agreement_interv
 from datalloy.vlm import Encoded
 
 FOLDS = 5
+TREES = 300
+LEAST_LEAF = 2  # probes in a leaf
 MIN_PROBES = 24
 FLOOR = (
     1e-30  # below any squared norm that matters: that under the Fisher metric falls with the model's size, 1e-9 at 1B
@@ -46,7 +50,7 @@ class Agreement:
 
 
 class CalibratedScorer:
-    """Ridge regression from gradient features to exact utility, one for each target."""
+    """A regression from gradient features to exact utility, one for each target."""
 
     signed = True
 
@@ -79,7 +83,7 @@ class CalibratedScorer:
             )
         features, utility_NG, utility_N = features[finite], exact.utility_NG[finite], exact.utility_N[finite]
         folds = KFold(FOLDS, shuffle=True, random_state=seed)
-        held_out_GN = [cross_val_predict(_regression(), features, u_N, cv=folds) for u_N in utility_NG.T]
+        held_out_GN = [cross_val_predict(_regression(seed), features, u_N, cv=folds) for u_N in utility_NG.T]
         predicted_N = self.weight_G @ np.array(held_out_GN)
         self.agreement = Agreement(
             rank_agreement(predicted_N, utility_N),
@@ -95,7 +99,7 @@ class CalibratedScorer:
             )
         # what the regression misses, and what exact itself owes to the choice of target items
         self._error = float(np.sqrt(np.mean((predicted_N - utility_N) ** 2 + exact.error_N[finite] ** 2)))
-        self._models = [_regression().fit(features, u_N) for u_N in utility_NG.T]
+        self._models = [_regression(seed).fit(features, u_N) for u_N in utility_NG.T]
 
     def score(self, samples: Sequence[Encoded]) -> ScoreBlock:
         loss_N, features = self._features(samples)
@@ -142,7 +146,11 @@ def signed_root(values: np.ndarray) -> np.ndarray:
     return np.sign(values) * np.sqrt(np.abs(values))
 
 
-def _regression() -> Pipeline:
-    return make_pipeline(
-        StandardScaler(), PolynomialFeatures(2, include_bias=False), StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))
-    )
+def signed_square(values: np.ndarray) -> np.ndarray:
+    """The square with the sign of what was squared: back from `signed_root`."""
+    return np.sign(values) * values**2
+
+
+def _regression(seed: int) -> TransformedTargetRegressor:
+    trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAST_LEAF, random_state=seed)
+    return TransformedTargetRegressor(trees, func=signed_root, inverse_func=signed_square, check_inverse=False)

@@ -1,12 +1,12 @@
 """Probes in, a step size and what is known about it out.
 
-The step size is the method's most important silent parameter. A step that matters is one after which the targets' loss
-has visibly changed: the default is the step at which the median probe changes it by `DEFAULT_EFFECT` times that loss.
-That is one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple of the Polyak step
-(which grows without bound as the proxy learns). Very small steps rank by the gradient dot product, which trains badly;
-for a sample's part in a batch's step see `step.batch_share`. At the default, where a typical step on one sample more
-than doubles the targets' loss, nearly every single sample has a utility below zero, so harm is judged against clean
-samples (`OneStepScorer.clean_utilities`), not against zero. Evidence: docs/results.md, docs/decisions.md.
+The step size is the method's most important silent parameter. The default is a sample's part in the step of a training
+batch (`step.batch_share`); what is kept by it trains best. The scan shows what other sizes would do, and chooses where
+the recipe asks for a visible effect: the step at which the median probe changes the targets' loss by `VISIBLE_EFFECT`
+times that loss. Both are one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple
+of the Polyak step of a sample (which grows without bound as the proxy learns). At a visible effect nearly every single
+sample has a utility below zero, so harm is judged against clean samples at the same step
+(`OneStepScorer.clean_utilities`), not against zero. Evidence: docs/evidence.md, docs/results.md, docs/decisions.md.
 
 The scan tries multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order,
 median over probes). For every step it reports the share of negative utilities, how far the ranking agrees between
@@ -27,7 +27,7 @@ from datalloy.uncertainty import rank_agreement
 from datalloy.vlm import Encoded
 
 GRID = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # multiples of the Polyak step
-DEFAULT_EFFECT = 2.0  # median change of the targets' loss by one step, relative to that loss
+VISIBLE_EFFECT = 2.0  # median change of the targets' loss by one step, relative to that loss
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def scan_steps(
     seed: int,
     why: str = "given in the recipe",
 ) -> StepScan:
-    """Try every step of the grid on the probes; choose `wanted` if given, and say why, else the step of default effect.
+    """Try every step of the grid on the probes; choose `wanted` if given, and say why, else the step of visible effect.
 
     The latter is interpolated between the rows on logarithmic scales, and never outside the grid.
 
@@ -103,9 +103,9 @@ def scan_steps(
     )
     if wanted is not None:
         return StepScan(rows, wanted, why)
-    chosen = step_of_effect(rows, DEFAULT_EFFECT)
+    chosen = step_of_effect(rows, VISIBLE_EFFECT)
     return StepScan(
-        rows, chosen, f"the median of {usable.sum()} probes changes the targets' loss by {DEFAULT_EFFECT:.0%}"
+        rows, chosen, f"the median of {usable.sum()} probes changes the targets' loss by {VISIBLE_EFFECT:.0%}"
     )
 
 
