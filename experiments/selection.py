@@ -14,8 +14,9 @@ four samples of five; `deita` multiplies that judge's verdict by a word on diffi
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
 a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
-`right and wanted` and `utility by neighbours` (calibrated utility, held against its neighbours') the pass of another
-scorer besides; `calibrated` and `tail` alone are for other settings of them. `auto` is the bake-off
+`right and wanted` the pass of another scorer besides, as have `right and useful` (the same with calibrated utility in
+the place of the dot product) and `utility by neighbours` (calibrated utility, held against its neighbours');
+`calibrated` and `tail` alone are for other settings of them. `auto` is the bake-off
 of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed up on 5 %
 of the pool, at steps of a visible effect, but where `--set` says otherwise: the default recipe does not warm up, and
 takes the step of a batch's share.
@@ -45,7 +46,7 @@ from datalloy import bakeoff
 from datalloy.config import Select, load_recipe
 from datalloy.run import Run, write_atomically, write_json
 from datalloy.scorers import Seen
-from datalloy.scorers.baselines import low_loss_by_neighbours
+from datalloy.scorers.baselines import low_loss_by_neighbours, right_and_wanted
 from datalloy.scores import Scores
 from datalloy.selection import select
 from datalloy.tiny.pools import PoolPlan, read_truth, write_pool
@@ -89,17 +90,19 @@ WORLDS: dict[str, PoolPlan] = {
 }
 UTILITIES = ("exact", "calibrated", "tail", "first_order", "less")
 SCORERS = (*UTILITIES, "visual_gain", "entropy_minus_loss")  # with a pass of their own
-RELATIVE = "calibrated_by_neighbours"  # no scorer of the product
+RELATIVE, USEFUL = "calibrated_by_neighbours", "right_and_useful"  # of calibrated; no scorers of the product
 BASELINES = ("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "mid_loss", "high_loss", "length")
 MAIN = (*UTILITIES, "low_loss", "judge", "deita", "calibrated diverse")
 FEW = ("exact", "calibrated", "low_loss")
 PUT_BACK = ("put back worst", "put back random")
 RATING_ACCURACY = 0.8
+OF_CALIBRATED = (RELATIVE, USEFUL)
 OF_ONE_SCORER = {
     "by length": "low_loss_by_length",
     "by neighbours": "low_loss_by_neighbours",
     "utility by neighbours": RELATIVE,
     "right and wanted": "right_and_wanted",
+    "right and useful": USEFUL,
     "dot product": "first_order",
     "calibrated": "calibrated",
     "tail": "tail",
@@ -185,8 +188,8 @@ class World:
     def scores(self, scorer: str, draw: int = 0) -> Scores:
         if scorer in (*SCORERS, *BASELINES, "right_and_wanted"):
             return self.workflow.scores_by(scorer)
-        if scorer == RELATIVE:
-            return self.against_neighbours("calibrated")
+        if scorer in OF_CALIBRATED:
+            return self.from_calibrated(scorer)
         rng = np.random.default_rng([self.seed, draw])
         value_N = rng.random(len(self.workflow.pool))
         if scorer in ("judge", "deita"):
@@ -196,14 +199,17 @@ class World:
         table = self.workflow.score()
         return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
 
-    def against_neighbours(self, scorer: str) -> Scores:
-        """Utilities minus the median of their neighbours'."""
+    def from_calibrated(self, scorer: str) -> Scores:
+        """Utilities minus the median of their neighbours', or their places beside those by low loss by neighbours."""
         work = self.workflow
-        table = work.scores_by(scorer)
+        table = work.scores_by("calibrated")
         keys, tokens_N = work.pool.content_hashes(), table.supervised_tokens
-        seen = Seen(-table.utility, tokens_N, table.domain, keys, self.seed, lambda row_R: work._prompts(row_R))
-        value_N = low_loss_by_neighbours(seen)  # of what is low where utility is high
-        return table.with_utility(value_N, table.state, {"method": RELATIVE, "signed": False})
+        seen = Seen(table.loss, tokens_N, table.domain, keys, self.seed, lambda row_R: work._prompts(row_R))
+        if scorer == USEFUL:
+            value_N = right_and_wanted(seen, table.utility)
+        else:
+            value_N = low_loss_by_neighbours(seen._replace(loss_N=-table.utility))  # low where utility is high
+        return table.with_utility(value_N, table.state, {"method": scorer, "signed": False})
 
     def says(self, is_true_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """What a rater says who is right about four samples of five."""
@@ -381,7 +387,7 @@ def run_world(
     overrides, run = tuple(settings), "run"
     alone = [scorer for phase, scorer in OF_ONE_SCORER.items() if phase in phases]
     if not {"main", "more"} & set(phases):
-        own = ["calibrated" if scorer == RELATIVE else scorer for scorer in alone if scorer not in BASELINES]
+        own = ["calibrated" if scorer in OF_CALIBRATED else scorer for scorer in alone if scorer not in BASELINES]
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:

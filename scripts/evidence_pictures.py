@@ -91,9 +91,9 @@ def arms() -> Figure:
 
 OF_GROUPS = {  # scores of utilities.py that were run in all worlds
     "OST, groups of sixteen": "groups",
-    "OST, exact, share of a batch's step": "step of a group's share",
+    "OST, exact, no warm-up": "step of a group's share",
     "groups, low loss by neighbours": "ranks of low loss by neighbours and groups",
-    "OST at a batch's share, low loss by neighbours": (
+    "OST, calibrated, and low loss by neighbours": (
         "ranks of low loss by neighbours and step of a group's share, calibrated"
     ),
 }
@@ -101,7 +101,7 @@ SHOWN = {  # arms by world, and their colours
     ("base", None): GREY,
     ("full", None): INK,
     ("random", HALF): INK,
-    ("calibrated", HALF): HARM,
+    ("calibrated batch_share", HALF): HARM,
     ("low_loss", HALF): OTHER,
     ("low_loss_by_neighbours", HALF): OURS,
     ("auto", None): OURS,

@@ -34,19 +34,20 @@ NAMES = {
     "first_order cold": "gradient dot product, no warm-up",
     "right_and_wanted": "right and wanted, no warm-up",
     "calibrated_by_neighbours": "OST by neighbours, no warm-up",
-    "exact": "OST, exact",
-    "calibrated": "OST, calibrated",
-    "calibrated cold": "OST, calibrated, no warm-up",
-    "calibrated batch_share": "OST, calibrated, share of a batch's step",
-    "calibrated diverse": "OST, calibrated, diverse",
-    "tail": "OST, tail",
+    "exact": "OST, exact, visible effect",
+    "calibrated": "OST, calibrated, visible effect",
+    "calibrated cold": "OST, calibrated, visible effect, no warm-up",
+    "calibrated batch_share": "OST, calibrated, no warm-up",
+    "calibrated diverse": "OST, calibrated, visible effect, diverse",
+    "tail": "OST, tail, visible effect",
+    "tail batch_share": "OST, tail, no warm-up",
     "random": "random",
     "put back worst": "exact 50 % and the worst fifth",
     "put back random": "exact 50 % and a random fifth of the rest",
     "auto": "auto: the bake-off",
     "auto low_loss, low_loss_by_length, calibrated": "the bake-off with low loss by length",
     "auto low_loss, low_loss_by_neighbours, right_and_wanted": "the bake-off with right and wanted",
-    "auto batch_share": "the bake-off, OST by the share of a batch's step",
+    "auto visible_effect": "the bake-off, OST at a visible effect",
     "auto, warmed up": "the same after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
@@ -55,7 +56,7 @@ BOTH_WAYS = (*WARMED, "first_order", "calibrated")
 FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
 COLD = (
     *("low_loss_by_length cold", "low_loss_by_neighbours", "calibrated_by_neighbours", "entropy_minus_loss cold"),
-    *("first_order cold", "calibrated cold", "calibrated batch_share", "right_and_wanted"),
+    *("first_order cold", "calibrated cold", "calibrated batch_share", "tail batch_share", "right_and_wanted"),
 )
 KNOWN = {  # pools known when a score was found, where not the first three
     ("entropy_minus_loss", "wrong 30 %"): 6,
@@ -68,12 +69,13 @@ KNOWN = {  # pools known when a score was found, where not the first three
 }
 BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, warmed up"  # races of arms before
 WITH_WANTED = "auto low_loss, low_loss_by_neighbours, right_and_wanted"  # of arms that are no default
-AT_SHARE = "auto batch_share"  # the default arms with score.step: batch_share
-AUTO = ("auto", AT_SHARE, WITH_WANTED, BY_LENGTH, WARMED_UP)
+AT_EFFECT = "auto visible_effect"  # the default arms with score.step: visible_effect
+AUTO = ("auto", AT_EFFECT, WITH_WANTED, BY_LENGTH, WARMED_UP)
 REFUSED = Score().min_agreement  # below it a calibrated score is
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
-    *("exact", "calibrated", "calibrated batch_share", "calibrated diverse", "calibrated_by_neighbours", "tail"),
+    *("calibrated batch_share", "tail batch_share", "exact", "calibrated", "calibrated diverse"),
+    *("calibrated_by_neighbours", "tail"),
     *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "right_and_wanted"),
     *("entropy_minus_loss", "visual_gain"),
     *("mid_loss", "high_loss", "length"),
@@ -91,15 +93,19 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
 def with_cold(folder: str, base: str) -> list[Row]:
     """The rows of a folder, whose scores are of a proxy warmed up on 5 % of the pool, and those without warm-up.
 
-    The latter also with the step of a batch's share. `auto` is the bake-off of the default recipe, which has no
-    warm-up. What raced after a warm-up were the arms before.
+    Both at steps of a visible effect; the latter also at the default step, a batch's share. `auto` is the bake-off of
+    the default recipe, which has no warm-up and that step. What raced after a warm-up were the arms before.
     """
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
     warm = [row | {"scorer": WARMED_UP} if row["scorer"] == BY_LENGTH else row for row in rows]
-    named = [row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in BOTH_WAYS else row for row in cold]
-    shared = (row | {"scorer": f"{row['scorer']} batch_share"} for row in rows_in("batch_share", f"*-{base}-*.json"))
-    return [*warm, *(row for row in (*named, *shared) if (row["world"], row["seed"]) in pools)]
+    named = (row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in BOTH_WAYS else row for row in cold)
+    at_effect = (row | {"scorer": AT_EFFECT} if row["scorer"] == "auto" else row for row in named)
+    shared = (
+        row if row["scorer"] == "auto" else row | {"scorer": f"{row['scorer']} batch_share"}
+        for row in rows_in("batch_share", f"*-{base}-*.json")
+    )
+    return [*warm, *(row for row in (*at_effect, *shared) if (row["world"], row["seed"]) in pools)]
 
 
 @cache
@@ -616,7 +622,7 @@ def raced() -> str:
         "a half by neighbours": ("low_loss_by_neighbours", 0.5),
         "clean samples only": ("oracle", None),
     }
-    return _raced("auto", "auto", others)
+    return _raced(AT_EFFECT, "with low loss by neighbours", others)
 
 
 def raced_wanted() -> str:
@@ -631,35 +637,35 @@ def raced_wanted() -> str:
 
 
 def raced_at_share() -> str:
-    """What the bake-off chooses with the step of a batch's share, minus its choice with the default's and more."""
+    """What the bake-off chooses with the step of a batch's share, minus its choice at a visible effect and more."""
     others = {
-        "auto": ("auto", None),
+        "at a visible effect": (AT_EFFECT, None),
         "full SFT": ("full", None),
         "a half by neighbours": ("low_loss_by_neighbours", 0.5),
         "clean samples only": ("oracle", None),
     }
-    return _raced(AT_SHARE, "step of a batch's share", others)
+    return _raced("auto", "auto", others)
 
 
 def of_batch_share(base: str) -> str:
-    """OST's utilities with the step of a batch's share, alone, minus those with the default's step, by world."""
+    """OST's utilities with the step of a batch's share, alone, minus those at a visible effect, by world."""
     exact = ("utility", "step of a group's share")
     rows = []
     for fraction in (0.5, 0.2):
-        default, share = (by_utility(score, fraction) for score in exact)
-        cells = [difference(share[world], default[world]) for world in worlds(base)]
-        rows.append([f"exact {fraction:.0%}", *cells, pooled((share[world], default[world]) for world in worlds(base))])
+        large, share = (by_utility(score, fraction) for score in exact)
+        cells = [difference(share[world], large[world]) for world in worlds(base)]
+        rows.append([f"exact {fraction:.0%}", *cells, pooled((share[world], large[world]) for world in worlds(base))])
     for fraction in (0.8, 0.65, 0.5, 0.2):
         both = in_every_world(base, ("calibrated batch_share", fraction), ("calibrated cold", fraction))
         rows.append([f"calibrated {fraction:.0%}", *(difference(*pair) for pair in both), pooled(both)])
-    for name, scorer in (("the default's step", "calibrated cold"), ("a batch's share", "calibrated batch_share")):
+    for name, scorer in (("a visible effect", "calibrated cold"), ("a batch's share", "calibrated batch_share")):
         found = {world: by_arm(base).get((world, scorer), []) for world in worlds(base)}
         rows.append([f"calibrated, {name}: AUC (hard)", *(_auc(found[w], "calibrated") for w in found), ""])
         agreed = {w: [r["agreements"]["exact calibrated"] for r in found[w] if "agreements" in r] for w in found}
         known = [agreement for pools in agreed.values() for agreement in pools]
         low = f"{np.mean(known):.2f}, below {REFUSED} on {sum(a < REFUSED for a in known)} of {len(known)}"
         rows.append([f"calibrated, {name}: agreement with exact", *(f"{np.mean(a):.2f}" for a in agreed.values()), low])
-    return table([*headed("share of a batch's step, minus the default's", base), "all"], rows)
+    return table([*headed("share of a batch's step, minus a visible effect", base), "all"], rows)
 
 
 def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:
