@@ -48,7 +48,7 @@ from datalloy.run import Run, write_atomically, write_json
 from datalloy.scorers import Seen
 from datalloy.scorers.baselines import low_loss_by_neighbours, right_and_wanted
 from datalloy.scores import Scores
-from datalloy.selection import select
+from datalloy.selection import select, toxic_mask
 from datalloy.tiny.pools import PoolPlan, read_truth, write_pool
 from datalloy.tiny.world import FAULTS
 from datalloy.training import train
@@ -320,14 +320,21 @@ class World:
     def agreements(self, scorers: Sequence[str]) -> dict[str, float | None]:
         """The AUC of scores for clean against faulty, over the whole pool and for hard clean samples.
 
-        Beside it the Spearman with exact utilities on the probes, where it is known.
+        Beside it the Spearman with exact utilities on the probes, where it is known, and how many samples are called
+        toxic by a score that knows the targets: all, those that are faulty, and hard clean ones.
         """
         found = {}
         for name in scorers:
-            if agreement := self.scores(name).metadata.get("agreement_with_exact"):
+            table = self.scores(name)
+            if agreement := table.metadata.get("agreement_with_exact"):
                 found[f"exact {name}"] = agreement["spearman"]
-            found[f"auc {name}"] = auc(self.scores(name).utility, self.is_clean_N)
-            found[f"auc {name}, hard"] = auc(self.scores(name).utility, self.is_clean_N, self.hard_N)
+            found[f"auc {name}"] = auc(table.utility, self.is_clean_N)
+            found[f"auc {name}, hard"] = auc(table.utility, self.is_clean_N, self.hard_N)
+            if table.is_signed:
+                toxic_N = toxic_mask(table, AUTO.toxic_confidence)
+                found[f"toxic {name}"] = int(toxic_N.sum())
+                found[f"toxic {name}, faulty"] = int((toxic_N & ~self.is_clean_N).sum())
+                found[f"toxic {name}, hard"] = int((toxic_N & self.is_clean_N & self.hard_N).sum())
         return found
 
     def score_seconds(self) -> dict[str, float]:
