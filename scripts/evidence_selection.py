@@ -665,7 +665,17 @@ def of_batch_share(base: str) -> str:
         known = [agreement for pools in agreed.values() for agreement in pools]
         low = f"{np.mean(known):.2f}, below {REFUSED} on {sum(a < REFUSED for a in known)} of {len(known)}"
         rows.append([f"calibrated, {name}: agreement with exact", *(f"{np.mean(a):.2f}" for a in agreed.values()), low])
+        toxic = [_toxic(found[world]) for world in found]
+        cells = [f"{called} ({faulty}, {hard})" for called, faulty, hard in [*toxic, np.sum(toxic, axis=0)]]
+        rows.append([f"calibrated, {name}: called toxic (faulty, hard clean)", *cells])
     return table([*headed("share of a batch's step, minus a visible effect", base), "all"], rows)
+
+
+def _toxic(rows: list[Row]) -> tuple[int, int, int]:
+    """So many samples of these pools calibrated calls toxic; faulty ones among them; clean ones that are hard."""
+    found = [row["agreements"] for row in rows if "toxic calibrated" in row.get("agreements", {})]
+    called, faulty, hard = (sum(f[f"toxic calibrated{of}"] for f in found) for of in ("", ", faulty", ", hard"))
+    return called, faulty, hard
 
 
 def _raced(scorer: str, name: str, others: dict[str, tuple[str, float | None]]) -> str:

@@ -12,7 +12,6 @@ are restored from memory bit for bit, and the fall of every target item is kept,
 """
 
 import io
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from torch.nn import Parameter
 
 from datalloy.errors import ModelError
-from datalloy.scorers.step import Steppable, StepRule, inner, loss_and_gradient
+from datalloy.scorers.step import Steppable, StepRule, loss_and_gradient, polyak_step
 from datalloy.target_items import TargetItems
 from datalloy.vlm import VLM, Encoded
 
@@ -124,12 +123,8 @@ class ExactScorer(OneStepScorer):
         return loss_N, fall_NSV
 
     def polyak_steps(self, samples: Sequence[Encoded]) -> np.ndarray:
-        return np.array([self._polyak_step(sample) for sample in samples])
-
-    def _polyak_step(self, sample: Encoded) -> float:
-        loss, gradient = loss_and_gradient(self.vlm, [sample], self.steppable.parameters)
-        slope = inner(gradient, self.rule.direction(gradient))
-        return loss / slope if slope else math.inf
+        parameters = self.steppable.parameters
+        return np.array([polyak_step(self.vlm, [sample], parameters, self.rule) for sample in samples])
 
 
 def _utilities(items: TargetItems, fall_NV: np.ndarray) -> dict[str, np.ndarray]:

@@ -109,22 +109,29 @@ def _bits(tensors: Sequence[Tensor]) -> list[int]:
     return [int(tensor.detach().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors]
 
 
+def polyak_step(vlm: VLM, samples: Sequence[Encoded], parameters: Sequence[Parameter], rule: StepRule) -> float:
+    """The step that, to first order, would bring the mean loss of some samples to zero: `l / <g, d>`.
+
+    Infinite where they have no gradient, NaN where they have no finite loss.
+    """
+    loss, gradient = loss_and_gradient(vlm, samples, parameters)
+    slope = inner(gradient, rule.direction(gradient))
+    return loss / slope if slope else math.inf
+
+
 def batch_share(
     vlm: VLM, samples: Sequence[Encoded], parameters: Sequence[Parameter], rule: StepRule, *, batch_size: int
 ) -> float:
     """`SHARES / B` of a Polyak step on a batch of B: about what a sample moves the model as one of a training batch.
 
-    Median over the batches that `samples` are cut into. The Polyak step of a batch, `l / <g, d>`, is larger than that
-    of a sample, because gradients of different samples cancel in their mean. Raises ModelError where no batch has a
+    Median over the batches that `samples` are cut into. The Polyak step of a batch is larger than that of a sample, because gradients of different samples cancel in their mean. Raises ModelError where no batch has a
     gradient.
     """
     found = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        loss, gradient = loss_and_gradient(vlm, batch, parameters)
-        slope = inner(gradient, rule.direction(gradient))
-        if slope > 0 and math.isfinite(slope):
-            found.append(SHARES / len(batch) * loss / slope)
+        if 0 < (step := polyak_step(vlm, batch, parameters, rule)) < math.inf:
+            found.append(SHARES / len(batch) * step)
     if not found:
         raise ModelError(f"no batch of the pool has a gradient under {vlm.name}, so its share of a step is unknown")
     return statistics.median(found)
