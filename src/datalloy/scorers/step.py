@@ -124,8 +124,8 @@ def batch_share(
 ) -> float:
     """`SHARES / B` of a Polyak step on a batch of B: about what a sample moves the model as one of a training batch.
 
-    Median over the batches that `samples` are cut into. The Polyak step of a batch is larger than that of a sample, because gradients of different samples cancel in their mean. Raises ModelError where no batch has a
-    gradient.
+    Median over the batches that `samples` are cut into. The Polyak step of a batch is larger than that of a sample,
+    because gradients of different samples cancel in their mean. Raises ModelError where no batch has a gradient.
     """
     found = []
     for start in range(0, len(samples), batch_size):
