@@ -377,8 +377,11 @@ def with_later_pools(base: str, world: str) -> str:
 
 
 def later_pools(base: str) -> str:
-    """Pools drawn after the rules were settled: by world the accuracy of some arms, and what `auto` gains on each."""
-    autos = {world: later_runs(base, world, "auto", None) for world in later_rows(base)}
+    """Pools drawn after the rules were settled: by world the accuracy of some arms, and the bake-off's gain on each.
+
+    The race there was at a visible effect, the default when it was run.
+    """
+    autos = {world: later_runs(base, world, AT_EFFECT, None) for world in later_rows(base)}
     raced = {world: auto for world, auto in autos.items() if auto}
     rows = []
     for scorer, fraction in (
@@ -389,11 +392,11 @@ def later_pools(base: str) -> str:
         cells = []
         for world, auto in raced.items():
             pools = {pool: right for pool, right in later_runs(base, world, scorer, fraction).items() if pool in auto}
-            cells += [mean_of(pools), "" if scorer == "auto" else difference(auto, pools)]
+            cells += [mean_of(pools), "" if scorer == AT_EFFECT else difference(auto, pools)]
         if not any(cells):
             continue
         rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
-    heads = ((f"{world} ({len(auto)})", "auto minus it") for world, auto in raced.items())
+    heads = ((f"{world} ({len(auto)})", "the bake-off minus it") for world, auto in raced.items())
     return table(["trained on", *(cell for head in heads for cell in head)], rows)
 
 
