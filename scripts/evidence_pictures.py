@@ -93,9 +93,6 @@ OF_GROUPS = {  # scores of utilities.py that were run in all worlds
     "OST, groups of sixteen": "groups",
     "OST, exact, no warm-up": "step of a group's share",
     "groups, low loss by neighbours": "ranks of low loss by neighbours and groups",
-    "OST, calibrated, and low loss by neighbours": (
-        "ranks of low loss by neighbours and step of a group's share, calibrated"
-    ),
 }
 SHOWN = {  # arms by world, and their colours
     ("base", None): GREY,

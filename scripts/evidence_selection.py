@@ -33,6 +33,7 @@ NAMES = {
     "first_order": "gradient dot product",
     "first_order cold": "gradient dot product, no warm-up",
     "right_and_wanted": "right and wanted, no warm-up",
+    "right_and_useful batch_share": "right and useful, no warm-up",
     "calibrated_by_neighbours": "OST by neighbours, no warm-up",
     "exact": "OST, exact, visible effect",
     "calibrated": "OST, calibrated, visible effect",
@@ -56,7 +57,8 @@ BOTH_WAYS = (*WARMED, "first_order", "calibrated")
 FORWARD = (*WARMED, "low_loss_by_neighbours")  # came when the default recipe had no warm-up any more
 COLD = (
     *("low_loss_by_length cold", "low_loss_by_neighbours", "calibrated_by_neighbours", "entropy_minus_loss cold"),
-    *("first_order cold", "calibrated cold", "calibrated batch_share", "tail batch_share", "right_and_wanted"),
+    *("first_order cold", "calibrated cold", "calibrated batch_share", "tail batch_share"),
+    *("right_and_wanted", "right_and_useful batch_share"),
 )
 KNOWN = {  # pools known when a score was found, where not the first three
     ("entropy_minus_loss", "wrong 30 %"): 6,
@@ -76,7 +78,7 @@ WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
     *("calibrated batch_share", "tail batch_share", "exact", "calibrated", "calibrated diverse"),
     *("calibrated_by_neighbours", "tail"),
-    *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "right_and_wanted"),
+    *("low_loss", "low_loss_by_length", "low_loss_by_neighbours", "right_and_wanted", "right_and_useful batch_share"),
     *("entropy_minus_loss", "visual_gain"),
     *("mid_loss", "high_loss", "length"),
     *("first_order", "less", "deita", "judge", "random", *AUTO),
@@ -344,11 +346,10 @@ def of_groups(base: str) -> str:
 
 def two_numbers(base: str) -> str:
     """Remedies for the fast scores on the pools that have them, minus other arms."""
-    others = ("full", "random", "low_loss_by_neighbours", "calibrated", "first_order cold")
+    shown = ("calibrated_by_neighbours", "right_and_useful batch_share", "right_and_wanted", "first_order cold")
+    others = ("full", "random", "low_loss_by_neighbours", "calibrated", "first_order cold", "right_and_wanted")
     rows = []
-    for scorer, fraction in product(
-        ("calibrated_by_neighbours", "right_and_wanted", "first_order cold"), (0.2, 0.5, 0.65, 0.8)
-    ):
+    for scorer, fraction in product(shown, (0.2, 0.5, 0.65, 0.8)):
         count = sum(len(runs(base, world, scorer, fraction)) for world in worlds(base))
         cells = [
             "" if other == scorer else pooled(in_every_world(base, (scorer, fraction), (other, fraction)))
