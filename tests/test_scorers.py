@@ -193,6 +193,14 @@ def test_a_step_in_the_recipe_is_for_the_scorer_that_takes_it(methods, scanned, 
     assert found.steps[scanned] == 0.125
     assert found.scans[scanned]["reason"] == "given in the recipe"
     assert [name for name, step in found.steps.items() if step == 0.125] == [scanned]
+    others = [scan["reason"] for name, scan in found.scans.items() if name != scanned]
+    assert all("part in the step of a batch" in reason for reason in others)
+
+
+def test_a_step_of_a_visible_effect_is_the_scans_choice(proxy, items, targets, pool):
+    found = probe(make_inputs(proxy, items, targets, pool, step="visible_effect"), ["exact"], pool[:4])
+    assert found.scans["exact"]["reason"] == "the median of 4 probes changes the targets' loss by 200%"
+    assert found.steps["exact"] > probe(make_inputs(proxy, items, targets, pool), ["exact"], pool[:4]).steps["exact"]
 
 
 def test_the_default_step_is_each_scorers_own_share_of_a_batch_and_tried_in_its_scan(proxy, items, targets, pool):

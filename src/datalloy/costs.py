@@ -77,8 +77,9 @@ def _stages(
         scans = 2 if "tail" in methods else 1
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         flops = (min(recipe.score.probes, pool) + scanned) * used * forward
-        if recipe.score.step == "auto":
-            flops += scans * min(pool, scorers.POOL_BATCHES * batch) * step
+        # a step given in the recipe is tail's alone where tail scores; exact beside it has its share of a batch's
+        shares = {"auto": scans, "visible_effect": 0}.get(str(recipe.score.step), scans - 1)
+        flops += shares * min(pool, scorers.POOL_BATCHES * batch) * step
         yield StageCost("probes", flops, 8 * used * recipe.score.probes)
     for method in passes:
         flops = {
