@@ -73,6 +73,11 @@ BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, w
 WITH_WANTED = "auto low_loss, low_loss_by_neighbours, right_and_wanted"  # of arms that are no default
 AT_EFFECT = "auto visible_effect"  # the default arms with score.step: visible_effect
 AUTO = ("auto", AT_EFFECT, WITH_WANTED, BY_LENGTH, WARMED_UP)
+WITHOUT_RACE: dict[str, tuple[str, float | None]] = {  # what one would train on without a race, and the aim
+    "full SFT": ("full", None),
+    "a half by neighbours": ("low_loss_by_neighbours", 0.5),
+    "clean samples only": ("oracle", None),
+}
 REFUSED = Score().min_agreement  # below it a calibrated score is
 WHOLE = ("base", "full", "oracle", *AUTO)  # arms without a fraction
 COMPARED = (
@@ -620,12 +625,7 @@ def raced_cold() -> str:
 
 def raced() -> str:
     """What the bake-off chooses, minus what it does with low loss by length, not by neighbours, and more, paired."""
-    others = {
-        "with low loss by length": (BY_LENGTH, None),
-        "full SFT": ("full", None),
-        "a half by neighbours": ("low_loss_by_neighbours", 0.5),
-        "clean samples only": ("oracle", None),
-    }
+    others = {"with low loss by length": (BY_LENGTH, None), **WITHOUT_RACE}
     return _raced(AT_EFFECT, "with low loss by neighbours", others)
 
 
@@ -642,13 +642,7 @@ def raced_wanted() -> str:
 
 def raced_at_share() -> str:
     """What the bake-off chooses with the step of a batch's share, minus its choice at a visible effect and more."""
-    others = {
-        "at a visible effect": (AT_EFFECT, None),
-        "full SFT": ("full", None),
-        "a half by neighbours": ("low_loss_by_neighbours", 0.5),
-        "clean samples only": ("oracle", None),
-    }
-    return _raced("auto", "auto", others)
+    return _raced("auto", "auto", {"at a visible effect": (AT_EFFECT, None), **WITHOUT_RACE})
 
 
 def of_batch_share(base: str) -> str:

@@ -148,8 +148,7 @@ def root_second_moments(
     squares = [torch.zeros_like(p) for p in parameters]
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     for batch in batches:
-        parts = torch.autograd.grad(vlm.losses(vlm.collate(batch)).mean(), parameters, allow_unused=True)
-        for square, part in zip(squares, parts, strict=True):
-            if part is not None:
-                square += part**2 / len(batches)
+        _, gradient = loss_and_gradient(vlm, batch, parameters)
+        for square, part in zip(squares, gradient, strict=True):
+            square += part**2 / len(batches)
     return tuple(torch.where(square > 0, square.sqrt() + epsilon, torch.inf) for square in squares)
