@@ -42,7 +42,9 @@ def measure(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
 
     def inputs(precision: str) -> ScoringInputs:
         score = Score.model_validate({"probes": PROBES, "min_agreement": 0.01, "seed": seed, "precision": precision})
-        return ScoringInputs(vlm, items, targets, pool[:64], score, freeze_vision=False, train_batch_size=16)
+        return ScoringInputs(
+            vlm, items, targets, pool[:64], score, "batch_share", freeze_vision=False, train_batch_size=16
+        )
 
     probing = probe(inputs("float32"), [], probes)
     exact_N = prepare("exact", inputs("float32"), probing, probes).score(held_out).utility_N

@@ -51,7 +51,9 @@ def measure(size: int, seed: int) -> dict[str, Any]:
         items = TargetItems.lay_out(vlm, targets, dict.fromkeys(targets, 1.0))
         encoded = EncodedSamples(vlm, pool, max_tokens=256, cache_bytes=CACHE_BYTES)
         score = Score(probes=PROBES, min_agreement=0.01, seed=seed)
-        inputs = ScoringInputs(vlm, items, targets, encoded[:64], score, freeze_vision=False, train_batch_size=16)
+        inputs = ScoringInputs(
+            vlm, items, targets, encoded[:64], score, "batch_share", freeze_vision=False, train_batch_size=16
+        )
         probes = [vlm.encode(drawn[i]) for i in np.random.default_rng(seed).permutation(len(drawn))[:PROBES]]
         scorer = prepare("calibrated", inputs, probe(inputs, [], probes), probes)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -74,7 +74,9 @@ def measure(name: str, seed: int, folder: Path, labels: Sequence[str]) -> list[d
 
     def inputs(**settings: Any) -> ScoringInputs:
         score = Score(probes=PROBES, min_agreement=0.01, seed=seed, **settings)
-        return ScoringInputs(vlm, items, targets, pool[:64], score, freeze_vision=False, train_batch_size=16)
+        return ScoringInputs(
+            vlm, items, targets, pool[:64], score, "batch_share", freeze_vision=False, train_batch_size=16
+        )
 
     probing: list[Probing] = []
     probing_seconds = seconds(lambda: probing.append(probe(inputs(), ["tail"] if "tail" in labels else [], probes)))

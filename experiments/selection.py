@@ -4,8 +4,10 @@
     python experiments/selection.py --seeds 0 --worlds clean --phases main more "by length" auto
     python experiments/selection.py --base shipped --worlds clean       (the base that has nothing left to learn)
     python experiments/selection.py --set score.warmup_fraction=0 --runs runs/cold --out experiments/results/cold
-    python experiments/selection.py --set score.warmup_fraction=0 score.step=auto --phases calibrated auto \
-        --runs runs/batch_share --out experiments/results/batch_share             (the default recipe's scores and race)
+    python experiments/selection.py --set score.warmup_fraction=0 --phases auto \
+        --runs runs/cold --out experiments/results/cold                           (the default recipe's race)
+    python experiments/selection.py --set score.warmup_fraction=0 score.step=batch_share --phases calibrated \
+        --runs runs/batch_share --out experiments/results/batch_share             (OST's utility alone, by default)
 
 In every world the pool is scored by every method; the base (bases.py) is trained on what each keeps of each domain, at
 equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
@@ -19,7 +21,7 @@ the place of the dot product) and `utility by neighbours` (calibrated utility, h
 `calibrated` and `tail` alone are for other settings of them. `auto` is the bake-off
 of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed up on 5 %
 of the pool, at steps of a visible effect, but where `--set` says otherwise: the default recipe does not warm up, and
-takes the step of a batch's share.
+its utility takes the step of a batch's share where it selects alone.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.

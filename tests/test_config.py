@@ -77,7 +77,10 @@ def fault(load, tmp_path):
         ('score: {probes: "3"}', 'score.probes is "3", must be a whole number of at least 1'),
         ("score: {probes: true}", "score.probes is true, must be a whole number of at least 1"),
         ("score: {seed: -1}", "score.seed is -1, must be a whole number in [0, 4294967296)"),
-        ("score: {step: .nan}", "score.step is NaN, must be one of auto, visible_effect or a number above 0"),
+        (
+            "score: {step: .nan}",
+            "score.step is NaN, must be one of auto, batch_share, visible_effect or a number above 0",
+        ),
         ("score: {warmup_fraction: .inf}", "score.warmup_fraction is Infinity, must be a number in [0, 1]"),
         ("train: {weight_decay: .nan}", "train.weight_decay is NaN, must be a number of at least 0"),
         ("train: {report_to: [7]}", "train.report_to.0 is 7, must be text"),
@@ -180,6 +183,22 @@ def test_a_list_stands_for_a_tuple(load):
 )
 def test_a_bakeoff_follows_where_there_is_more_than_one_way_to_select(load, method, select, raced):
     assert load(SMALLEST + f"score: {{method: {method}}}\nselect: {select}\n").is_raced == raced
+
+
+@pytest.mark.parametrize(
+    ("score", "select", "step"),
+    [
+        ("{}", "{}", "visible_effect"),
+        ("{}", "{keep_fraction: 0.5}", "visible_effect"),
+        ("{}", "{bakeoff_arms: [calibrated]}", "batch_share"),
+        ("{method: calibrated}", "{}", "batch_share"),
+        ("{method: exact, step: visible_effect}", "{}", "visible_effect"),
+        ("{step: batch_share}", "{}", "batch_share"),
+        ("{step: 0.25}", "{}", 0.25),
+    ],
+)
+def test_a_step_that_is_left_open_is_a_batchs_share_where_one_score_selects_alone(load, score, select, step):
+    assert load(SMALLEST + f"score: {score}\nselect: {select}\n").scoring_step == step
 
 
 def test_a_recipe_cannot_be_changed():

@@ -253,6 +253,22 @@ def test_a_dry_run_prices_a_warm_up_only_where_there_is_one(fraction, is_priced,
 
 
 @pytest.mark.parametrize(
+    ("method", "step", "shares"),
+    [("exact", 0.5, 0), ("exact", "visible_effect", 0), ("exact", "auto", 1), ("tail", 0.5, 1), ("tail", "auto", 2)],
+)
+def test_a_dry_run_prices_the_batches_that_a_share_is_measured_on(method, step, shares, recipe_path):
+    """Eight batches of eight from a pool of ninety; once for the scorer, and once for exact beside tail."""
+
+    def probing(step):
+        settings = [f"score.method={method}", f"score.step={step}", "score.probes=2", "score.target_items=1"]
+        (line,) = (line for line in estimate(load_recipe(recipe_path, settings)) if line.startswith("probes"))
+        return float(line.split()[1])
+
+    eight_batches = 64 / 90 * scoring_operations(recipe_path, "less")
+    assert probing(step) - probing("visible_effect") == pytest.approx(shares * eight_batches, rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("settings", "is_priced"),
     [
         (("score.method=low_loss_by_neighbours",), True),

@@ -29,8 +29,8 @@ from scorer_contract import ScorerContract
 TARGETED = ["exact", "tail", "first_order", "first_order_hooks"]  # all that know the targets and need no fit
 
 
-def make_inputs(vlm, items, targets, pool, **settings):
-    return ScoringInputs(vlm, items, targets, pool, Score(**settings), freeze_vision=False, train_batch_size=4)
+def make_inputs(vlm, items, targets, pool, step="batch_share", **settings):
+    return ScoringInputs(vlm, items, targets, pool, Score(**settings), step, freeze_vision=False, train_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_a_step_of_a_visible_effect_is_the_scans_choice(proxy, items, targets, p
     assert found.steps["exact"] > probe(make_inputs(proxy, items, targets, pool), ["exact"], pool[:4]).steps["exact"]
 
 
-def test_the_default_step_is_each_scorers_own_share_of_a_batch_and_tried_in_its_scan(proxy, items, targets, pool):
+def test_a_share_of_a_batch_is_each_scorers_own_and_tried_in_its_scan(proxy, items, targets, pool):
     found = probe(make_inputs(proxy, items, targets, pool), ["tail"], pool[:2])
     assert found.steps["exact"] < found.steps["tail"]  # fewer weights, a smaller gradient, a longer Polyak step
     for name, scan in found.scans.items():

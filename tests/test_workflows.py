@@ -82,6 +82,8 @@ def test_every_sample_of_the_pool_is_scored_and_decided(finished):
     assert len(scores) == len(selection) == 44
     assert scores.metadata["method"] == "tail"
     assert scores.metadata["agreement_with_exact"]["probes"] == 6
+    # it is raced beside low loss
+    assert "changes the targets' loss by" in scores.metadata["step_scans"]["tail"]["reason"]
 
 
 def test_bakeoff_names_a_winner_with_margins_over_full_and_random(finished):

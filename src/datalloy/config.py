@@ -154,11 +154,13 @@ class Score(Section):
     """How every sample of the pool gets its utility (DESIGN 2.1)."""
 
     method: Literal["auto"] | ScorerName = Field("auto", description="auto: the bake-off decides between scorers.")
-    step: Literal["auto", "visible_effect"] | Positive = Field(
+    step: Literal["auto", "batch_share", "visible_effect"] | Positive = Field(
         "auto",
-        description="Step size of the simulated step. auto: about what a sample moves the model as one of a training "
-        "batch, measured on batches of the pool. visible_effect: so large that one step changes the targets' loss by "
-        "twice its value, by a scan on probes; it tells wrong answers from easy ones best, and drops what is hard.",
+        description="Step size of the simulated step. batch_share: about what a sample moves the model as one of a "
+        "training batch, measured on batches of the pool; alone it selects best. visible_effect: so large that one "
+        "step changes the targets' loss by twice its value, by a scan on probes; it tells wrong answers from easy "
+        "ones best and drops what is hard, so it does best beside scores that keep that. auto: visible_effect where "
+        "scorers race, batch_share where one selects alone.",
     )
     step_rule: Literal["sgd", "unit_norm", "adamw"] = Field(
         "sgd", description="sgd: -step*g. unit_norm: -step*g/|g|. adamw: -step*g/sqrt(v), v measured once on the pool."
@@ -529,6 +531,14 @@ class Recipe(Section):
         scorers = len(self.select.bakeoff_arms) if self.score.method == "auto" else 1
         shares = len(self.select.bakeoff_fractions) if self.select.keep_fraction == "auto" else 1
         return scorers * shares > 1
+
+    @property
+    def scoring_step(self) -> Literal["batch_share", "visible_effect"] | float:
+        """`score.step`, or what `auto` means here: which step does best depends on whether its score is alone."""
+        if self.score.step != "auto":
+            return self.score.step
+        is_alone = self.score.method != "auto" or len(self.select.bakeoff_arms) == 1
+        return "batch_share" if is_alone else "visible_effect"
 
     def dump(self) -> dict[str, Any]:
         """The whole recipe, defaults included, as plain data that `load_recipe` reads back to an equal object."""

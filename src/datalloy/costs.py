@@ -78,7 +78,7 @@ def _stages(
         scanned = scans * scorers.SCAN_PROBES * len(scorers.GRID)
         flops = (min(recipe.score.probes, pool) + scanned) * used * forward
         # a step given in the recipe is tail's alone where tail scores; exact beside it has its share of a batch's
-        shares = {"auto": scans, "visible_effect": 0}.get(str(recipe.score.step), scans - 1)
+        shares = {"batch_share": scans, "visible_effect": 0}.get(str(recipe.scoring_step), scans - 1)
         flops += shares * min(pool, scorers.POOL_BATCHES * batch) * step
         yield StageCost("probes", flops, 8 * used * recipe.score.probes)
     for method in passes:

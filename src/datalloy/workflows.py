@@ -359,6 +359,7 @@ class Workflow:
             targets=targets,
             pool_batch=self._encoded_pool.pick(self._random_order("second moments")[: scorers.POOL_BATCHES * batch]),
             settings=self.recipe.score,
+            step=self.recipe.scoring_step,
             freeze_vision=self.recipe.train.freeze_vision,
             train_batch_size=batch,
         )

@@ -11,7 +11,7 @@ utility of `first_order` and the losses.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -104,6 +104,7 @@ class ScoringInputs:
     targets: Mapping[str, Sequence[Encoded]]
     pool_batch: Sequence[Encoded]  # samples of the pool, `POOL_BATCHES` of the training size
     settings: Score
+    step: Literal["batch_share", "visible_effect"] | float  # `Recipe.scoring_step`
     freeze_vision: bool
     train_batch_size: int
 
@@ -163,10 +164,10 @@ def probe(inputs: ScoringInputs, methods: Sequence[str], probes: Sequence[Encode
 
 def _wanted_step(inputs: ScoringInputs, scorer: OneStepScorer, *, is_named: bool) -> tuple[float | None, str]:
     """The step that the recipe asks for, or None where it leaves it to the scan; and why."""
-    wanted, size = inputs.settings.step, inputs.train_batch_size
+    wanted, size = inputs.step, inputs.train_batch_size
     if wanted == "visible_effect":
         return None, ""
-    if wanted == "auto" or not is_named:
+    if wanted == "batch_share" or not is_named:
         step = batch_share(inputs.vlm, inputs.pool_batch, scorer.parameters, scorer.rule, batch_size=size)
         return step, f"it is {SHARES:g} times a sample's part in the step of a batch of {size}"
     return wanted, "given in the recipe"

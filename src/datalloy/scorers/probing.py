@@ -1,12 +1,13 @@
 """Probes in, a step size and what is known about it out.
 
-The step size is the method's most important silent parameter. The default is a sample's part in the step of a training
-batch (`step.batch_share`); what is kept by it trains best. The scan shows what other sizes would do, and chooses where
-the recipe asks for a visible effect: the step at which the median probe changes the targets' loss by `VISIBLE_EFFECT`
-times that loss. Both are one rule for all models, scopes and step rules, where a learning rate is not, nor a multiple
-of the Polyak step of a sample (which grows without bound as the proxy learns). At a visible effect nearly every single
-sample has a utility below zero, so harm is judged against clean samples at the same step
-(`OneStepScorer.clean_utilities`), not against zero. Evidence: docs/evidence.md, docs/results.md, docs/decisions.md.
+The step size is the method's most important silent parameter. Where one utility selects alone the default is a sample's
+part in the step of a training batch (`step.batch_share`); what is kept by it trains best. The scan shows what other
+sizes would do, and chooses where scorers race, or the recipe asks for it: a visible effect, the step at which the
+median probe changes the targets' loss by `VISIBLE_EFFECT` times that loss. Both are one rule for all models, scopes and
+step rules, where a learning rate is not, nor a multiple of the Polyak step of a sample (which grows without bound as
+the proxy learns). At a visible effect nearly every single sample has a utility below zero, so harm is judged against
+clean samples at the same step (`OneStepScorer.clean_utilities`), not against zero. Evidence: docs/evidence.md,
+docs/results.md, docs/decisions.md.
 
 The scan tries multiples of the Polyak step (the step that would bring the probes' own loss to zero to first order,
 median over probes). For every step it reports the share of negative utilities, how far the ranking agrees between
