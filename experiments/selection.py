@@ -8,6 +8,10 @@
         --runs runs/cold --out experiments/results/cold                           (the default recipe's race)
     python experiments/selection.py --set score.warmup_fraction=0 score.step=batch_share --phases calibrated \
         --runs runs/batch_share --out experiments/results/batch_share             (OST's utility alone, by default)
+    python experiments/selection.py --seeds 20 21 22 --set score.warmup_fraction=0 --shares 0.2 0.5 \
+        --phases fewest "by neighbours" "right and wanted" auto --out experiments/results/fresh_pools
+    python experiments/selection.py --seeds 20 21 22 --set score.warmup_fraction=0 score.step=batch_share \
+        --shares 0.2 0.5 --phases "right and useful" calibrated auto --out experiments/results/fresh_pools_batch_share
 
 In every world the pool is scored by every method; the base (bases.py) is trained on what each keeps of each domain, at
 equal compute (40 steps of 16, whatever was kept) or, in phase `more`, also for equal epochs; the model answers 300
@@ -25,7 +29,8 @@ its utility takes the step of a batch's share where it selects alone.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
-`scripts/evidence.py` makes tables of docs/evidence.md.
+`scripts/evidence.py` makes tables of docs/evidence.md. Pools 20 to 22 of every world were drawn when all rules, arms and
+steps had been settled on the others; nothing was chosen by them.
 """
 
 import argparse
@@ -111,7 +116,8 @@ OF_ONE_SCORER = {
     "visual gain": "visual_gain",
     "entropy": "entropy_minus_loss",
 }
-PHASES = ("main", "more", *OF_ONE_SCORER, "few")
+PHASES = ("main", "more", *OF_ONE_SCORER, "few", "fewest")
+SHARES = (0.2, 0.5, 0.65, 0.8)
 AUTO = Select()  # the default recipe's arms
 AUTO_EPOCHS = 15.6  # 12 steps for each of eleven arms, 36 for five finalists
 RECIPE = """\
@@ -154,15 +160,18 @@ class Job:
         return f"{self.scorer} {100 * self.fraction:g} {self.within} {self.draw} {self.protocol}".replace(" ", "-")
 
 
-def jobs(phase: str) -> Iterator[Job]:
+def jobs(phase: str, shares: Sequence[float] = SHARES) -> Iterator[Job]:
     if phase in OF_ONE_SCORER:
-        yield from (Job(OF_ONE_SCORER[phase], fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+        yield from (Job(OF_ONE_SCORER[phase], fraction) for fraction in shares)
         if phase == "visual gain":
             yield from (Job("visual_gain mean", fraction) for fraction in (0.2, 0.5))
     elif phase == "few":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("judge", 0.5), Job("judge", 0.2))
         yield from (Job("random", fraction, draw) for fraction in (0.5, 0.2) for draw in range(3))
-        yield from (Job("low_loss", fraction) for fraction in (0.2, 0.5, 0.65, 0.8))
+        yield from (Job("low_loss", fraction) for fraction in SHARES)
+    elif phase == "fewest":
+        yield from (Job("base"), Job("full"), Job("oracle"), Job("low_loss", 0.5), Job("low_loss", 0.8))
+        yield from (Job("random", 0.5), Job("random", 0.5, 1), Job("random", 0.2))
     elif phase == "main":
         yield from (Job("base"), Job("full"), Job("oracle"), Job("low_loss", 0.65))
         for fraction in (0.5, 0.2):
@@ -391,6 +400,7 @@ def run_world(
     folder: Path,
     settings: Sequence[str] = (),
     raced: Sequence[str] = AUTO.bakeoff_arms,
+    shares: Sequence[float] = SHARES,
 ) -> list[dict[str, Any]]:
     """Scored by everything where `main` or `more` are asked for, else by what the phases need: a run folder each."""
     overrides, run = tuple(settings), "run"
@@ -400,7 +410,7 @@ def run_world(
         arms = list(dict.fromkeys([*(raced if "auto" in phases else ()), *own])) or ["low_loss"]
         run, overrides = "-".join(arms), (*overrides, f"select.bakeoff_arms=[{', '.join(arms)}]")
     with open_world(name, base, seed, folder, overrides, run) as world:
-        rows = [world.row(job) for phase in phases for job in jobs(phase)]
+        rows = [world.row(job) for phase in phases for job in jobs(phase, shares)]
         if "auto" in phases:
             rows.append(world.auto(raced))
         if "main" in phases:  # of the pool, not of a model; they stand with the first
@@ -442,11 +452,12 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=[*PHASES, "auto"], default=["main", "auto"])
     parser.add_argument("--set", nargs="+", default=[], help="settings of the recipe; with folders of their own")
     parser.add_argument("--arms", nargs="+", default=AUTO.bakeoff_arms, help="scorers that `auto` races")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="kept in phases of one scorer")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, seed, place in asked_pools(args):
         raced = tuple(args.arms)
-        rows = run_world(name, args.base, seed, args.phases, args.runs / place, args.set, raced)
+        rows = run_world(name, args.base, seed, args.phases, args.runs / place, args.set, raced, args.shares)
         write_rows(args.out / f"{place}.json", rows)
         said = {f"{row['scorer']} {row['fraction']}": round(row["accuracy"], 3) for row in rows if "accuracy" in row}
         print(json.dumps(said), flush=True)
