@@ -1,12 +1,14 @@
 """What does each scorer cost, and how far does it agree with exact utility? Models in, epochs and Spearman out.
 
-    python benchmarks/scoring.py --models embedded qwen3_vl gemma3 --seeds 0
+    python benchmarks/scoring.py --models embedded qwen3_vl gemma3 --seeds 0      (as where scorers race)
+    python benchmarks/scoring.py --step batch_share --scorers loss "calibrated, 0 items replayed" \
+        --out benchmarks/results/scoring_batch_share.json                         (as where one selects alone)
 
 The unit is the epoch: seconds of a scorer over the pool, over seconds of one training epoch of all weights on the same
 pool by the same `train` with the same batches, in one process; both take turns, and a ratio is the median over turns of
 the ratio within a turn. What is paid once and not for every sample (gradients of the targets, the fit; and probing:
 the step scan, the exact probes, the threshold of harm) stands apart, in epochs of this pool: it shrinks as pools grow.
-Agreement is Spearman's with exact utility of the whole model at the step that the scan chose, on samples that no probe
+Agreement is Spearman's with exact utility of the whole model at the same step, on samples that no probe
 contains, with a 95 % interval over samples. About seven minutes of one core a model.
 """
 
@@ -19,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +67,9 @@ def seconds(action: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def measure(name: str, seed: int, folder: Path, labels: Sequence[str]) -> list[dict[str, Any]]:
+def measure(
+    name: str, seed: int, folder: Path, labels: Sequence[str], step: Literal["batch_share", "visible_effect"]
+) -> list[dict[str, Any]]:
     vlm = models.load(name, folder / name)
     pool, targets = draw(vlm, folder / f"{name}-{seed}", seed)
     probes, held_out, timed = pool[:PROBES], pool[PROBES : PROBES + HELD_OUT], pool[PROBES + HELD_OUT :]
@@ -74,9 +78,7 @@ def measure(name: str, seed: int, folder: Path, labels: Sequence[str]) -> list[d
 
     def inputs(**settings: Any) -> ScoringInputs:
         score = Score(probes=PROBES, min_agreement=0.01, seed=seed, **settings)
-        return ScoringInputs(
-            vlm, items, targets, pool[:64], score, "batch_share", freeze_vision=False, train_batch_size=16
-        )
+        return ScoringInputs(vlm, items, targets, pool[:64], score, step, freeze_vision=False, train_batch_size=16)
 
     probing: list[Probing] = []
     probing_seconds = seconds(lambda: probing.append(probe(inputs(), ["tail"] if "tail" in labels else [], probes)))
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["embedded", "qwen3_vl", "gemma3"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS))
+    parser.add_argument("--step", choices=["batch_share", "visible_effect"], default="visible_effect")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -167,7 +170,7 @@ def main() -> None:
         for name in args.models:
             for seed in args.seeds:
                 rows = [row for row in rows if (row["model"], row["seed"]) != (name, seed)]
-                found = measure(name, seed, Path(folder), args.scorers)
+                found = measure(name, seed, Path(folder), args.scorers, args.step)
                 rows += [{**row, "commit": commit} for row in found]
                 write_json(args.out, {"rows": rows, "machine": machine, "torch": torch.__version__})
                 print(as_markdown(found), flush=True)

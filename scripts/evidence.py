@@ -51,6 +51,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "raced": evidence_selection.raced,
     "raced_wanted": evidence_selection.raced_wanted,
     "raced_at_share": evidence_selection.raced_at_share,
+    "fresh": evidence_selection.fresh,
+    "fresh_races": evidence_selection.fresh_races,
     "of_batch_share": evidence_selection.of_batch_share,
     "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,

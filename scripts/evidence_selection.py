@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from datalloy.config import Score
-from evidence_tables import Pools, by_pool, difference, interval, pooled, table
+from evidence_tables import Pools, by_pool, difference, interval, pooled, pooled_gain, table
 
 RESULTS = Path("experiments/results")
 NAMES = {
@@ -48,7 +48,7 @@ NAMES = {
     "auto": "auto: the bake-off",
     "auto low_loss, low_loss_by_length, calibrated": "the bake-off with low loss by length",
     "auto low_loss, low_loss_by_neighbours, right_and_wanted": "the bake-off with right and wanted",
-    "auto visible_effect": "the bake-off, OST at a visible effect",
+    "auto batch_share": "the bake-off, OST at a batch's share",
     "auto, warmed up": "the same after a warm-up on 5 %",
 }
 ONE_STEP = ("exact", "calibrated")  # whose settings are compared
@@ -71,8 +71,8 @@ KNOWN = {  # pools known when a score was found, where not the first three
 }
 BY_LENGTH, WARMED_UP = "auto low_loss, low_loss_by_length, calibrated", "auto, warmed up"  # races of arms before
 WITH_WANTED = "auto low_loss, low_loss_by_neighbours, right_and_wanted"  # of arms that are no default
-AT_EFFECT = "auto visible_effect"  # the default arms with score.step: visible_effect
-AUTO = ("auto", AT_EFFECT, WITH_WANTED, BY_LENGTH, WARMED_UP)
+AT_SHARE = "auto batch_share"  # the default arms with score.step: batch_share
+AUTO = ("auto", AT_SHARE, WITH_WANTED, BY_LENGTH, WARMED_UP)
 WITHOUT_RACE: dict[str, tuple[str, float | None]] = {  # what one would train on without a race, and the aim
     "full SFT": ("full", None),
     "a half by neighbours": ("low_loss_by_neighbours", 0.5),
@@ -100,19 +100,15 @@ def rows_in(folder: str, pattern: str = "*.json") -> list[Row]:
 def with_cold(folder: str, base: str) -> list[Row]:
     """The rows of a folder, whose scores are of a proxy warmed up on 5 % of the pool, and those without warm-up.
 
-    Both at steps of a visible effect; the latter also at the default step, a batch's share. `auto` is the bake-off of
-    the default recipe, which has no warm-up and that step. What raced after a warm-up were the arms before.
+    Both at steps of a visible effect; the latter also at that of a batch's share. `auto` is the bake-off of the default
+    recipe, which has no warm-up and a visible effect. What raced after a warm-up were the arms before.
     """
     rows, cold = rows_in(folder, f"*-{base}-*.json"), rows_in("cold", f"*-{base}-*.json")
     pools = {(row["world"], row["seed"]) for row in rows}
     warm = [row | {"scorer": WARMED_UP} if row["scorer"] == BY_LENGTH else row for row in rows]
     named = (row | {"scorer": f"{row['scorer']} cold"} if row["scorer"] in BOTH_WAYS else row for row in cold)
-    at_effect = (row | {"scorer": AT_EFFECT} if row["scorer"] == "auto" else row for row in named)
-    shared = (
-        row if row["scorer"] == "auto" else row | {"scorer": f"{row['scorer']} batch_share"}
-        for row in rows_in("batch_share", f"*-{base}-*.json")
-    )
-    return [*warm, *(row for row in (*at_effect, *shared) if (row["world"], row["seed"]) in pools)]
+    shared = (row | {"scorer": f"{row['scorer']} batch_share"} for row in rows_in("batch_share", f"*-{base}-*.json"))
+    return [*warm, *(row for row in (*named, *shared) if (row["world"], row["seed"]) in pools)]
 
 
 @cache
@@ -383,11 +379,8 @@ def with_later_pools(base: str, world: str) -> str:
 
 
 def later_pools(base: str) -> str:
-    """Pools drawn after the rules were settled: by world the accuracy of some arms, and the bake-off's gain on each.
-
-    The race there was at a visible effect, the default when it was run.
-    """
-    autos = {world: later_runs(base, world, AT_EFFECT, None) for world in later_rows(base)}
+    """Pools drawn after the rules were settled: by world the accuracy of some arms, and the bake-off's gain on each."""
+    autos = {world: later_runs(base, world, "auto", None) for world in later_rows(base)}
     raced = {world: auto for world, auto in autos.items() if auto}
     rows = []
     for scorer, fraction in (
@@ -398,12 +391,73 @@ def later_pools(base: str) -> str:
         cells = []
         for world, auto in raced.items():
             pools = {pool: right for pool, right in later_runs(base, world, scorer, fraction).items() if pool in auto}
-            cells += [mean_of(pools), "" if scorer == AT_EFFECT else difference(auto, pools)]
+            cells += [mean_of(pools), "" if scorer == "auto" else difference(auto, pools)]
         if not any(cells):
             continue
         rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
     heads = ((f"{world} ({len(auto)})", "the bake-off minus it") for world, auto in raced.items())
     return table(["trained on", *(cell for head in heads for cell in head)], rows)
+
+
+@cache
+def fresh_runs() -> dict[tuple[str, str, float], Pools]:
+    """By world, scorer and share the runs of pools that no choice was made by; no warm-up, names as in `NAMES`."""
+    shared = (row | {"scorer": f"{row['scorer']} batch_share"} for row in rows_in("fresh_pools_batch_share"))
+    by_arm: dict[tuple[str, str, float], list[Row]] = {}
+    for row in (*rows_in("fresh_pools"), *shared):
+        fraction = 1.0 if row["scorer"] in WHOLE else row["fraction"]
+        by_arm.setdefault((row["world"], row["scorer"], fraction), []).append(row)
+    return {arm: by_pool(rows) for arm, rows in by_arm.items()}
+
+
+def fresh() -> str:
+    """Pools that no choice was made by: gains over full SFT and random in the mean, and where answers are wrong."""
+    found = fresh_runs()
+    names = sorted({world for world, _, _ in found})
+    wrong = [world for world in names if world.startswith("wrong")]
+
+    def pairs(one: tuple[str, float], other: tuple[str, float], among: list[str]) -> list[tuple[Pools, Pools]]:
+        return [(found.get((world, *one), {}), found.get((world, *other), {})) for world in among]
+
+    def gain(arm: tuple[str, float], among: list[str]) -> float:
+        made = pooled_gain(pairs(arm, ("full", 1.0), among))
+        return made[0] if made else float("nan")
+
+    rows = []
+    for arm in dict.fromkeys((scorer, fraction) for _, scorer, fraction in found):
+        scorer, fraction = arm
+        if scorer in ("base", "full"):
+            continue
+        over_random = "" if scorer == "random" else pooled(pairs(arm, ("random", fraction), names))
+        way = gain(arm, wrong) / gain(("oracle", 1.0), wrong)
+        cells = [pooled(pairs(arm, ("full", 1.0), among)) for among in (names, wrong)]
+        label = NAMES[scorer] + ("" if scorer in WHOLE else f" {fraction:.0%}")
+        rows.append([label, cells[0], over_random, cells[1], f"{way:.0%}"])
+    pools = [sum(len(found[world, "full", 1.0]) for world in among) for among in (names, wrong)]
+    head = [f"over full SFT ({pools[0]})", "over random of as many", f"over full SFT, wrong answers ({pools[1]})"]
+    return table(["trained on", *head, "of the way to clean samples there"], rows)
+
+
+def fresh_races() -> str:
+    """On the same pools the bake-off's choice by world, minus everything else that one could train on."""
+    found = fresh_runs()
+    others = {
+        "full SFT": ("full", 1.0),
+        "low loss 50 %": ("low_loss", 0.5),
+        "low loss 80 %": ("low_loss", 0.8),
+        "a half by neighbours": ("low_loss_by_neighbours", 0.5),
+        "OST at a batch's share": (AT_SHARE, 1.0),
+        "clean samples only": ("oracle", 1.0),
+    }
+    rows = []
+    names = sorted({world for world, _, _ in found})
+    for world in names:
+        auto = found[world, "auto", 1.0]
+        cells = [difference(auto, found[world, *other]) for other in others.values()]
+        rows.append([f"{world} ({len(auto)})", mean_of(auto), *cells])
+    overall = [[(found[world, "auto", 1.0], found[world, *other]) for world in names] for other in others.values()]
+    rows.append(["all", "", *map(pooled, overall)])
+    return table(["world", "auto", *(f"minus {other}" for other in others)], rows)
 
 
 def fast(base: str) -> str:
@@ -626,7 +680,7 @@ def raced_cold() -> str:
 def raced() -> str:
     """What the bake-off chooses, minus what it does with low loss by length, not by neighbours, and more, paired."""
     others = {"with low loss by length": (BY_LENGTH, None), **WITHOUT_RACE}
-    return _raced(AT_EFFECT, "with low loss by neighbours", others)
+    return _raced("auto", "with low loss by neighbours", others)
 
 
 def raced_wanted() -> str:
@@ -642,7 +696,7 @@ def raced_wanted() -> str:
 
 def raced_at_share() -> str:
     """What the bake-off chooses with the step of a batch's share, minus its choice at a visible effect and more."""
-    return _raced("auto", "auto", {"at a visible effect": (AT_EFFECT, None), **WITHOUT_RACE})
+    return _raced(AT_SHARE, "with a batch's share", {"auto": ("auto", None), **WITHOUT_RACE})
 
 
 def of_batch_share(base: str) -> str:
