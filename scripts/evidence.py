@@ -52,6 +52,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "raced_wanted": evidence_selection.raced_wanted,
     "raced_at_share": evidence_selection.raced_at_share,
     "fresh": evidence_selection.fresh,
+    "fresh_worlds": evidence_selection.fresh_worlds,
     "fresh_races": evidence_selection.fresh_races,
     "of_batch_share": evidence_selection.of_batch_share,
     "transfer": evidence_selection.transfer,

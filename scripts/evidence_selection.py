@@ -1,6 +1,7 @@
 """The rows of experiments/selection.py and scoring_settings.py in, tables about selection out."""
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from datalloy.config import Score
-from evidence_tables import Pools, by_pool, difference, interval, pooled, pooled_gain, table
+from evidence_tables import Pools, by_pool, difference, interval, pooled, table
 
 RESULTS = Path("experiments/results")
 NAMES = {
@@ -89,6 +90,9 @@ COMPARED = (
     *("first_order", "less", "deita", "judge", "random", *AUTO),
 )
 Row = dict[str, Any]
+Arm = tuple[str, float]  # a scorer and a share
+Pair = tuple[Pools, Pools]  # of two arms on the pools of a world
+Kind = Callable[[str, float, str], Pools]  # scorer, share and world in, its pools of some kind out
 
 
 @cache
@@ -410,37 +414,85 @@ def fresh_runs() -> dict[tuple[str, str, float], Pools]:
     return {arm: by_pool(rows) for arm, rows in by_arm.items()}
 
 
-def fresh() -> str:
-    """Pools that no choice was made by: gains over full SFT and random in the mean, and where answers are wrong."""
+def fresh_arm(scorer: str, fraction: float, world: str) -> Pools:
+    return fresh_runs().get((world, scorer, fraction), {})
+
+
+def known_arm(scorer: str, fraction: float, world: str) -> Pools:
+    """Of all other pools. Low loss was after a warm-up there, so it has none."""
+    return {} if scorer == "low_loss" else either("blurred", world, scorer, fraction)
+
+
+def fresh_names() -> tuple[list[str], list[Arm]]:
+    """The worlds and the arms of pools that no choice was made by."""
     found = fresh_runs()
-    names = sorted({world for world, _, _ in found})
+    arms = dict.fromkeys((scorer, fraction) for _, scorer, fraction in found if scorer not in ("base", "full"))
+    return sorted({world for world, _, _ in found}), list(arms)
+
+
+def fresh_label(arm: Arm) -> str:
+    return NAMES[arm[0]] + ("" if arm[0] in WHOLE else f" {arm[1]:.0%}")
+
+
+def fresh() -> str:
+    """Pools that no choice was made by, alone and with all others: gains over full SFT and over random samples.
+
+    And the part of the way from full SFT to the clean samples where answers are wrong.
+    """
+    names, arms = fresh_names()
     wrong = [world for world in names if world.startswith("wrong")]
-
-    def pairs(one: tuple[str, float], other: tuple[str, float], among: list[str]) -> list[tuple[Pools, Pools]]:
-        return [(found.get((world, *one), {}), found.get((world, *other), {})) for world in among]
-
-    def gain(arm: tuple[str, float], among: list[str]) -> float:
-        made = pooled_gain(pairs(arm, ("full", 1.0), among))
-        return made[0] if made else float("nan")
-
     rows = []
-    for arm in dict.fromkeys((scorer, fraction) for _, scorer, fraction in found):
-        scorer, fraction = arm
-        if scorer in ("base", "full"):
-            continue
-        over_random = "" if scorer == "random" else pooled(pairs(arm, ("random", fraction), names))
-        way = gain(arm, wrong) / gain(("oracle", 1.0), wrong)
-        cells = [pooled(pairs(arm, ("full", 1.0), among)) for among in (names, wrong)]
-        label = NAMES[scorer] + ("" if scorer in WHOLE else f" {fraction:.0%}")
-        rows.append([label, cells[0], over_random, cells[1], f"{way:.0%}"])
-    pools = [sum(len(found[world, "full", 1.0]) for world in among) for among in (names, wrong)]
-    head = [f"over full SFT ({pools[0]})", "over random of as many", f"over full SFT, wrong answers ({pools[1]})"]
-    return table(["trained on", *head, "of the way to clean samples there"], rows)
+    for arm in arms:
+
+        def pairs(over: str, share: float, among: list[str], *, kinds: Sequence[Kind], of: Arm = arm) -> list[Pair]:
+            return [(kind(*of, world), kind(over, share, world)) for kind in kinds for world in among]
+
+        cells = [pooled(pairs("full", 1.0, names, kinds=[fresh_arm]))]
+        everywhere = pairs("full", 1.0, names, kinds=[fresh_arm, known_arm])
+        has_more = _count(everywhere) > _count(everywhere[: len(names)])
+        cells.append(f"{pooled(everywhere)} ({_count(everywhere)})" if has_more else "")
+        cells.append("" if arm[0] in (*WHOLE, "random") else pooled(pairs("random", arm[1], names, kinds=[fresh_arm])))
+        for kinds in ([fresh_arm], [fresh_arm, known_arm]):
+            gained = pairs("full", 1.0, wrong, kinds=kinds)
+            clean = pairs("full", 1.0, wrong, kinds=kinds, of=("oracle", 1.0))
+            aim = [
+                ({p: one[p] for p in one if p in mine}, full)
+                for (mine, _), (one, full) in zip(gained, clean, strict=True)
+            ]
+            way = f"{_mean_gain(gained) / _mean_gain(aim):.0%} ({_count(gained)})"
+            cells.append(way if has_more or len(kinds) == 1 else "")
+        rows.append([fresh_label(arm), *cells])
+    head = ["over full SFT", "with all others (pools)", "over random of as many"]
+    way = ["wrong answers: of the way to clean samples (pools)", "with all others (pools)"]
+    return table(["trained on", *head, *way], rows)
+
+
+def fresh_worlds(over: str) -> str:
+    """By world, on pools that no choice was made by and all others: gains over full SFT or as many random samples."""
+    names, arms = fresh_names()
+    rows = []
+    for arm in arms:
+        share = 1.0 if over == "full" else arm[1] if arm[0] not in WHOLE else 0.5
+        cells = []
+        for world in names:
+            pairs = [(kind(*arm, world), kind(over, share, world)) for kind in (fresh_arm, known_arm)]
+            cells.append(f"{gain} ({_count(pairs)})" if (gain := pooled(pairs)) else "")
+        if arm[0] != over and any(cells):
+            rows.append([fresh_label(arm), *cells])
+    return table([f"over {'full SFT' if over == 'full' else 'random'} (pools)", *names], rows)
+
+
+def _count(worlds_of: list[Pair]) -> int:
+    return sum(len(one.keys() & other.keys()) for one, other in worlds_of)
+
+
+def _mean_gain(worlds_of: list[Pair]) -> float:
+    return float(np.mean([(one[p] - other[p]).mean() for one, other in worlds_of for p in one.keys() & other.keys()]))
 
 
 def fresh_races() -> str:
     """On the same pools the bake-off's choice by world, minus everything else that one could train on."""
-    found = fresh_runs()
+    found, (names, _) = fresh_runs(), fresh_names()
     others = {
         "full SFT": ("full", 1.0),
         "low loss 50 %": ("low_loss", 0.5),
@@ -450,7 +502,6 @@ def fresh_races() -> str:
         "clean samples only": ("oracle", 1.0),
     }
     rows = []
-    names = sorted({world for world, _, _ in found})
     for world in names:
         auto = found[world, "auto", 1.0]
         cells = [difference(auto, found[world, *other]) for other in others.values()]
