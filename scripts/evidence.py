@@ -52,6 +52,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "raced_wanted": evidence_selection.raced_wanted,
     "raced_at_share": evidence_selection.raced_at_share,
     "fresh": evidence_selection.fresh,
+    "fresh_against": evidence_selection.fresh_against,
+    "single_pools": evidence_selection.single_pools,
     "fresh_worlds": evidence_selection.fresh_worlds,
     "fresh_races": evidence_selection.fresh_races,
     "of_batch_share": evidence_selection.of_batch_share,

@@ -451,7 +451,9 @@ def fresh() -> str:
         everywhere = pairs("full", 1.0, names, kinds=[fresh_arm, known_arm])
         has_more = _count(everywhere) > _count(everywhere[: len(names)])
         cells.append(f"{pooled(everywhere)} ({_count(everywhere)})" if has_more else "")
-        cells.append("" if arm[0] in (*WHOLE, "random") else pooled(pairs("random", arm[1], names, kinds=[fresh_arm])))
+        for kinds in ([fresh_arm], [fresh_arm, known_arm]):
+            over_random = "" if arm[0] == "random" else pooled(pairs("random", arm[1], names, kinds=kinds))
+            cells.append(over_random if has_more or len(kinds) == 1 else "")
         for kinds in ([fresh_arm], [fresh_arm, known_arm]):
             gained = pairs("full", 1.0, wrong, kinds=kinds)
             clean = pairs("full", 1.0, wrong, kinds=kinds, of=("oracle", 1.0))
@@ -462,9 +464,57 @@ def fresh() -> str:
             way = f"{_mean_gain(gained) / _mean_gain(aim):.0%} ({_count(gained)})"
             cells.append(way if has_more or len(kinds) == 1 else "")
         rows.append([fresh_label(arm), *cells])
-    head = ["over full SFT", "with all others (pools)", "over random of as many"]
+    head = ["over full SFT", "with all others (pools)", "over random of as many", "with all others"]
     way = ["wrong answers: of the way to clean samples (pools)", "with all others (pools)"]
     return table(["trained on", *head, *way], rows)
+
+
+AGAINST = {  # arms whose difference decides what to recommend
+    ("auto", 1.0): ((AT_SHARE, 1.0), ("low_loss_by_neighbours", 0.5), ("right_and_wanted", 0.5), ("oracle", 1.0)),
+    (WITH_WANTED, 1.0): (("auto", 1.0), ("right_and_wanted", 0.5)),
+    ("right_and_wanted", 0.5): (("low_loss_by_neighbours", 0.5), ("oracle", 1.0)),
+    ("right_and_wanted", 0.2): (("low_loss_by_neighbours", 0.2),),
+    ("right_and_useful batch_share", 0.5): (("right_and_wanted", 0.5),),
+    ("right_and_useful batch_share", 0.2): (("right_and_wanted", 0.2),),
+    ("calibrated batch_share", 0.5): (("low_loss", 0.5),),
+}
+
+
+def fresh_against() -> str:
+    """Differences of arms on pools that no choice was made by, on the known ones, and on both."""
+    names, _ = fresh_names()
+    rows = []
+    for arm, others in AGAINST.items():
+        for other in others:
+            kinds: tuple[tuple[Kind, ...], ...] = ((fresh_arm,), (known_arm,), (fresh_arm, known_arm))
+            cells = []
+            for kind in kinds:
+                pairs = [(one(*arm, world), one(*other, world)) for one in kind for world in names]
+                cells.append(f"{gain} ({_count(pairs)})" if (gain := pooled(pairs)) else "")
+            rows.append([f"{fresh_label(arm)} minus {fresh_label(other)}", *cells])
+    return table(["", "no choice made by (pools)", "known (pools)", "both (pools)"], rows)
+
+
+def single_pools() -> str:
+    """On how many single pools an arm is below, and above, another with its whole interval over questions."""
+    names, _ = fresh_names()
+    arms = (("auto", 1.0), (AT_SHARE, 1.0), ("low_loss_by_neighbours", 0.5), ("right_and_wanted", 0.5))
+    others = (("full", 1.0), ("random", 0.5), ("low_loss", 0.5), ("low_loss", 0.8))
+    rows = []
+    for arm in arms:
+        cells = []
+        for scorer, share in others:
+            gains = []
+            for world in names:
+                for mine, over in (
+                    (fresh_arm(*arm, world), fresh_arm(scorer, share, world)),
+                    (either("blurred", world, *arm), either("blurred", world, scorer, share)),
+                ):
+                    gains += [interval([mine[pool] - over[pool]]) for pool in sorted(mine.keys() & over.keys())]
+            below, above = sum(high < 0 for *_, high in gains), sum(low > 0 for _, low, _ in gains)
+            cells.append(f"{below}, {above} of {len(gains)}")
+        rows.append([fresh_label(arm), *cells])
+    return table(["below, above", *(fresh_label(other) for other in others)], rows)
 
 
 def fresh_worlds(over: str) -> str:
