@@ -159,8 +159,8 @@ class Score(Section):
         description="Step size of the simulated step. batch_share: about what a sample moves the model as one of a "
         "training batch, measured on batches of the pool; alone it selects best. visible_effect: so large that one "
         "step changes the targets' loss by twice its value, by a scan on probes; it tells wrong answers from easy "
-        "ones best and drops what is hard, so it does best beside scores that keep that. auto: visible_effect where "
-        "scorers race, batch_share where one selects alone.",
+        "ones best and drops what is hard, so it is for a race beside scores that keep that. auto: visible_effect "
+        "where scorers race, batch_share where one selects alone.",
     )
     step_rule: Literal["sgd", "unit_norm", "adamw"] = Field(
         "sgd", description="sgd: -step*g. unit_norm: -step*g/|g|. adamw: -step*g/sqrt(v), v measured once on the pool."
