@@ -19,18 +19,18 @@ held-out questions. `oracle` keeps the samples that were drawn without a fault. 
 four samples of five; `deita` multiplies that judge's verdict by a word on difficulty that is right as often, and passes
 over near-copies; `calibrated diverse` spreads what calibrated keeps; `visual_gain mean` is visual gain as its paper has
 it, over tokens. `put back` trains on the half that exact utility prefers and a fifth of the pool besides: the worst or
-a random one of the rest. `few`, `by length` and `entropy` need one forward pass, `by neighbours` and `visual gain` two,
-`right and wanted` the pass of another scorer besides, as have `right and useful` (the same with calibrated utility in
-the place of the dot product) and `utility by neighbours` (calibrated utility, held against its neighbours');
-`calibrated` and `tail` alone are for other settings of them. `auto` is the bake-off
-of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was warmed up on 5 %
-of the pool, at steps of a visible effect, but where `--set` says otherwise: the default recipe does not warm up, and
-its utility takes the step of a batch's share where it selects alone.
+a random one of the rest. `few`, `fewest` (what all else is held against, and low loss), `by length` and `entropy` need
+one forward pass, `by neighbours` and `visual gain` two, `right and wanted` the pass of another scorer besides, as have
+`right and useful` (the same with calibrated utility in the place of the dot product) and `utility by neighbours`
+(calibrated utility, held against its neighbours'); `calibrated` and `tail` alone are for other settings of them. `auto`
+is the bake-off of the default arms; its row says what it chose and what it cost. Scores are those of a proxy that was
+warmed up on 5 % of the pool, at steps of a visible effect, but where `--set` says otherwise: the default recipe does
+not warm up, and its utility takes the step of a batch's share where it selects alone.
 
 Resumable: what has a record in --runs is not computed again, and rows are gathered from the records; rows of phases
 that are not asked for stay in the file. About 8 seconds of one core a row, 2 minutes of scoring a world, 2 of `auto`.
-`scripts/evidence.py` makes tables of docs/evidence.md. Pools 20 to 22 of every world were drawn when all rules, arms and
-steps had been settled on the others; nothing was chosen by them.
+`scripts/evidence.py` makes tables of docs/evidence.md. Pools 20 to 22 of every world were drawn when all rules, arms
+and steps had been settled on the others; nothing was chosen by them.
 """
 
 import argparse
