@@ -91,7 +91,7 @@ def arms() -> Figure:
 
 OF_GROUPS = {  # scores of utilities.py that were run in all worlds
     "OST, groups of sixteen": "groups",
-    "OST, exact, no warm-up": "step of a group's share",
+    "OST, exact, a batch's share": "step of a group's share",
     "groups, low loss by neighbours": "ranks of low loss by neighbours and groups",
 }
 SHOWN = {  # arms by world, and their colours
