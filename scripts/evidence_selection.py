@@ -811,6 +811,11 @@ def of_batch_share(base: str) -> str:
     for fraction in (0.8, 0.65, 0.5, 0.2):
         both = in_every_world(base, ("calibrated batch_share", fraction), ("calibrated cold", fraction))
         rows.append([f"calibrated {fraction:.0%}", *(difference(*pair) for pair in both), pooled(both)])
+    for fraction in (0.5, 0.2):
+        both = in_every_world(base, ("tail batch_share", fraction), ("tail", fraction))
+        rows.append(
+            [f"tail {fraction:.0%} (that after a warm-up)", *(difference(*pair) for pair in both), pooled(both)]
+        )
     for name, scorer in (("a visible effect", "calibrated cold"), ("a batch's share", "calibrated batch_share")):
         found = {world: by_arm(base).get((world, scorer), []) for world in worlds(base)}
         rows.append([f"calibrated, {name}: AUC (hard)", *(_auc(found[w], "calibrated") for w in found), ""])
