@@ -21,13 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 import models
-from datalloy.config import Score, Train
+from datalloy.config import Score, StepSize, Train
 from datalloy.run import write_json
 from datalloy.scorers import Probing, ScoringInputs, prepare, probe
 from datalloy.target_items import TargetItems
@@ -67,9 +67,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def measure(
-    name: str, seed: int, folder: Path, labels: Sequence[str], step: Literal["batch_share", "visible_effect"]
-) -> list[dict[str, Any]]:
+def measure(name: str, seed: int, folder: Path, labels: Sequence[str], step: StepSize) -> list[dict[str, Any]]:
     vlm = models.load(name, folder / name)
     pool, targets = draw(vlm, folder / f"{name}-{seed}", seed)
     probes, held_out, timed = pool[:PROBES], pool[PROBES : PROBES + HELD_OUT], pool[PROBES + HELD_OUT :]
@@ -159,7 +157,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["embedded", "qwen3_vl", "gemma3"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS))
-    parser.add_argument("--step", choices=["batch_share", "visible_effect"], default="visible_effect")
+    parser.add_argument("--step", choices=get_args(StepSize), default="visible_effect")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)

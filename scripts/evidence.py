@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import evidence_bakeoff
+import evidence_fresh
 import evidence_mixtures
 import evidence_pictures
 import evidence_selection
@@ -51,11 +52,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "raced": evidence_selection.raced,
     "raced_wanted": evidence_selection.raced_wanted,
     "raced_at_share": evidence_selection.raced_at_share,
-    "fresh": evidence_selection.fresh,
-    "fresh_against": evidence_selection.fresh_against,
-    "single_pools": evidence_selection.single_pools,
-    "fresh_worlds": evidence_selection.fresh_worlds,
-    "fresh_races": evidence_selection.fresh_races,
+    "fresh": evidence_fresh.fresh,
+    "fresh_against": evidence_fresh.fresh_against,
+    "single_pools": evidence_fresh.single_pools,
+    "fresh_worlds": evidence_fresh.fresh_worlds,
+    "fresh_races": evidence_fresh.fresh_races,
     "of_batch_share": evidence_selection.of_batch_share,
     "transfer": evidence_selection.transfer,
     "other_losses": evidence_selection.other_losses,

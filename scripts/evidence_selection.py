@@ -1,7 +1,6 @@
 """The rows of experiments/selection.py and scoring_settings.py in, tables about selection out."""
 
 import json
-from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -90,9 +89,6 @@ COMPARED = (
     *("first_order", "less", "deita", "judge", "random", *AUTO),
 )
 Row = dict[str, Any]
-Arm = tuple[str, float]  # a scorer and a share
-Pair = tuple[Pools, Pools]  # of two arms on the pools of a world
-Kind = Callable[[str, float, str], Pools]  # scorer, share and world in, its pools of some kind out
 
 
 @cache
@@ -401,164 +397,6 @@ def later_pools(base: str) -> str:
         rows.append([NAMES[scorer] + (f" {fraction:.0%}" if fraction else ""), *cells])
     heads = ((f"{world} ({len(auto)})", "the bake-off minus it") for world, auto in raced.items())
     return table(["trained on", *(cell for head in heads for cell in head)], rows)
-
-
-@cache
-def fresh_runs() -> dict[tuple[str, str, float], Pools]:
-    """By world, scorer and share the runs of pools that no choice was made by; no warm-up, names as in `NAMES`."""
-    shared = (row | {"scorer": f"{row['scorer']} batch_share"} for row in rows_in("fresh_pools_batch_share"))
-    by_arm: dict[tuple[str, str, float], list[Row]] = {}
-    for row in (*rows_in("fresh_pools"), *shared):
-        fraction = 1.0 if row["scorer"] in WHOLE else row["fraction"]
-        by_arm.setdefault((row["world"], row["scorer"], fraction), []).append(row)
-    return {arm: by_pool(rows) for arm, rows in by_arm.items()}
-
-
-def fresh_arm(scorer: str, fraction: float, world: str) -> Pools:
-    return fresh_runs().get((world, scorer, fraction), {})
-
-
-def known_arm(scorer: str, fraction: float, world: str) -> Pools:
-    """Of all other pools. Low loss was after a warm-up there, so it has none."""
-    return {} if scorer == "low_loss" else either("blurred", world, scorer, fraction)
-
-
-def fresh_names() -> tuple[list[str], list[Arm]]:
-    """The worlds and the arms of pools that no choice was made by."""
-    found = fresh_runs()
-    arms = dict.fromkeys((scorer, fraction) for _, scorer, fraction in found if scorer not in ("base", "full"))
-    return sorted({world for world, _, _ in found}), list(arms)
-
-
-def fresh_label(arm: Arm) -> str:
-    return NAMES[arm[0]] + ("" if arm[0] in WHOLE else f" {arm[1]:.0%}")
-
-
-def fresh() -> str:
-    """Pools that no choice was made by, alone and with all others: gains over full SFT and over random samples.
-
-    And the part of the way from full SFT to the clean samples where answers are wrong.
-    """
-    names, arms = fresh_names()
-    wrong = [world for world in names if world.startswith("wrong")]
-    rows = []
-    for arm in arms:
-
-        def pairs(over: str, share: float, among: list[str], *, kinds: Sequence[Kind], of: Arm = arm) -> list[Pair]:
-            return [(kind(*of, world), kind(over, share, world)) for kind in kinds for world in among]
-
-        cells = [pooled(pairs("full", 1.0, names, kinds=[fresh_arm]))]
-        everywhere = pairs("full", 1.0, names, kinds=[fresh_arm, known_arm])
-        has_more = _count(everywhere) > _count(everywhere[: len(names)])
-        cells.append(f"{pooled(everywhere)} ({_count(everywhere)})" if has_more else "")
-        for kinds in ([fresh_arm], [fresh_arm, known_arm]):
-            over_random = "" if arm[0] == "random" else pooled(pairs("random", arm[1], names, kinds=kinds))
-            cells.append(over_random if has_more or len(kinds) == 1 else "")
-        for kinds in ([fresh_arm], [fresh_arm, known_arm]):
-            gained = pairs("full", 1.0, wrong, kinds=kinds)
-            clean = pairs("full", 1.0, wrong, kinds=kinds, of=("oracle", 1.0))
-            aim = [
-                ({p: one[p] for p in one if p in mine}, full)
-                for (mine, _), (one, full) in zip(gained, clean, strict=True)
-            ]
-            way = f"{_mean_gain(gained) / _mean_gain(aim):.0%} ({_count(gained)})"
-            cells.append(way if has_more or len(kinds) == 1 else "")
-        rows.append([fresh_label(arm), *cells])
-    head = ["over full SFT", "with all others (pools)", "over random of as many", "with all others"]
-    way = ["wrong answers: of the way to clean samples (pools)", "with all others (pools)"]
-    return table(["trained on", *head, *way], rows)
-
-
-AGAINST = {  # arms whose difference decides what to recommend
-    ("auto", 1.0): ((AT_SHARE, 1.0), ("low_loss_by_neighbours", 0.5), ("right_and_wanted", 0.5), ("oracle", 1.0)),
-    (WITH_WANTED, 1.0): (("auto", 1.0), ("right_and_wanted", 0.5)),
-    ("right_and_wanted", 0.5): (("low_loss_by_neighbours", 0.5), ("oracle", 1.0)),
-    ("right_and_wanted", 0.2): (("low_loss_by_neighbours", 0.2),),
-    ("right_and_useful batch_share", 0.5): (("right_and_wanted", 0.5),),
-    ("right_and_useful batch_share", 0.2): (("right_and_wanted", 0.2),),
-    ("calibrated batch_share", 0.5): (("low_loss", 0.5),),
-}
-
-
-def fresh_against() -> str:
-    """Differences of arms on pools that no choice was made by, on the known ones, and on both."""
-    names, _ = fresh_names()
-    rows = []
-    for arm, others in AGAINST.items():
-        for other in others:
-            kinds: tuple[tuple[Kind, ...], ...] = ((fresh_arm,), (known_arm,), (fresh_arm, known_arm))
-            cells = []
-            for kind in kinds:
-                pairs = [(one(*arm, world), one(*other, world)) for one in kind for world in names]
-                cells.append(f"{gain} ({_count(pairs)})" if (gain := pooled(pairs)) else "")
-            rows.append([f"{fresh_label(arm)} minus {fresh_label(other)}", *cells])
-    return table(["", "no choice made by (pools)", "known (pools)", "both (pools)"], rows)
-
-
-def single_pools() -> str:
-    """On how many single pools an arm is below, and above, another with its whole interval over questions."""
-    names, _ = fresh_names()
-    arms = (("auto", 1.0), (AT_SHARE, 1.0), ("low_loss_by_neighbours", 0.5), ("right_and_wanted", 0.5))
-    others = (("full", 1.0), ("random", 0.5), ("low_loss", 0.5), ("low_loss", 0.8))
-    rows = []
-    for arm in arms:
-        cells = []
-        for scorer, share in others:
-            gains = []
-            for world in names:
-                for mine, over in (
-                    (fresh_arm(*arm, world), fresh_arm(scorer, share, world)),
-                    (either("blurred", world, *arm), either("blurred", world, scorer, share)),
-                ):
-                    gains += [interval([mine[pool] - over[pool]]) for pool in sorted(mine.keys() & over.keys())]
-            below, above = sum(high < 0 for *_, high in gains), sum(low > 0 for _, low, _ in gains)
-            cells.append(f"{below}, {above} of {len(gains)}")
-        rows.append([fresh_label(arm), *cells])
-    return table(["below, above", *(fresh_label(other) for other in others)], rows)
-
-
-def fresh_worlds(over: str) -> str:
-    """By world, on pools that no choice was made by and all others: gains over full SFT or as many random samples."""
-    names, arms = fresh_names()
-    rows = []
-    for arm in arms:
-        share = 1.0 if over == "full" else arm[1] if arm[0] not in WHOLE else 0.5
-        cells = []
-        for world in names:
-            pairs = [(kind(*arm, world), kind(over, share, world)) for kind in (fresh_arm, known_arm)]
-            cells.append(f"{gain} ({_count(pairs)})" if (gain := pooled(pairs)) else "")
-        if arm[0] != over and any(cells):
-            rows.append([fresh_label(arm), *cells])
-    return table([f"over {'full SFT' if over == 'full' else 'random'} (pools)", *names], rows)
-
-
-def _count(worlds_of: list[Pair]) -> int:
-    return sum(len(one.keys() & other.keys()) for one, other in worlds_of)
-
-
-def _mean_gain(worlds_of: list[Pair]) -> float:
-    return float(np.mean([(one[p] - other[p]).mean() for one, other in worlds_of for p in one.keys() & other.keys()]))
-
-
-def fresh_races() -> str:
-    """On the same pools the bake-off's choice by world, minus everything else that one could train on."""
-    found, (names, _) = fresh_runs(), fresh_names()
-    others = {
-        "full SFT": ("full", 1.0),
-        "low loss 50 %": ("low_loss", 0.5),
-        "low loss 80 %": ("low_loss", 0.8),
-        "a half by neighbours": ("low_loss_by_neighbours", 0.5),
-        "OST at a batch's share": (AT_SHARE, 1.0),
-        "clean samples only": ("oracle", 1.0),
-    }
-    rows = []
-    for world in names:
-        auto = found[world, "auto", 1.0]
-        cells = [difference(auto, found[world, *other]) for other in others.values()]
-        rows.append([f"{world} ({len(auto)})", mean_of(auto), *cells])
-    overall = [[(found[world, "auto", 1.0], found[world, *other]) for world in names] for other in others.values()]
-    rows.append(["all", "", *map(pooled, overall)])
-    return table(["world", "auto", *(f"minus {other}" for other in others)], rows)
 
 
 def fast(base: str) -> str:

@@ -48,6 +48,7 @@ Format = Literal[
 ExportFormat = Literal["rows", "llama-factory", "ms-swift", "trl", "axolotl", "energon", "webdataset", "ids"]
 Metric = Literal["exact_match", "relaxed_accuracy", "option_letter", "anls", "answer_probability", "loss"]
 Precision = Literal["float32", "bfloat16"]
+StepSize = Literal["batch_share", "visible_effect"]  # rules for it, scorers/step.py and probing.py
 ScorerName = Literal[
     "exact",
     "tail",
@@ -154,7 +155,7 @@ class Score(Section):
     """How every sample of the pool gets its utility (DESIGN 2.1)."""
 
     method: Literal["auto"] | ScorerName = Field("auto", description="auto: the bake-off decides between scorers.")
-    step: Literal["auto", "batch_share", "visible_effect"] | Positive = Field(
+    step: Literal["auto", StepSize] | Positive = Field(
         "auto",
         description="Step size of the simulated step. batch_share: about what a sample moves the model as one of a "
         "training batch, measured on batches of the pool; alone it selects best. visible_effect: so large that one "
@@ -533,7 +534,7 @@ class Recipe(Section):
         return scorers * shares > 1
 
     @property
-    def scoring_step(self) -> Literal["batch_share", "visible_effect"] | float:
+    def scoring_step(self) -> StepSize | float:
         """`score.step`, or what `auto` means here: which step does best depends on whether its score is alone."""
         if self.score.step != "auto":
             return self.score.step

@@ -11,13 +11,13 @@ utility of `first_order` and the losses.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 from torch.nn import Parameter
 
-from datalloy.config import Score
+from datalloy.config import Score, StepSize
 from datalloy.errors import AgreementError
 from datalloy.scorers.baselines import BASELINES, MADE_FROM, WITHOUT_MODEL, LossScorer, Seen, right_and_wanted
 from datalloy.scorers.calibrated import Agreement, CalibratedScorer
@@ -104,7 +104,7 @@ class ScoringInputs:
     targets: Mapping[str, Sequence[Encoded]]
     pool_batch: Sequence[Encoded]  # samples of the pool, `POOL_BATCHES` of the training size
     settings: Score
-    step: Literal["batch_share", "visible_effect"] | float  # `Recipe.scoring_step`
+    step: StepSize | float  # `Recipe.scoring_step`
     freeze_vision: bool
     train_batch_size: int
 
